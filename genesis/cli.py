@@ -1,0 +1,82 @@
+"""The `genesis` console command: every verb as a sub-command, `genesis VERB …` = `python -m genesis.VERB …`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ._version import __version__
+from .errors import UserError
+
+VERBS = {
+    "prepare": "read scans into the volume store and audit them",
+    "discover": "find similar patients and cut pseudo-labels (prepares first if need be)",
+    "train": "pretrain a network on what discover found",
+    "export": "turn a run into a weights package",
+    "finetune": "train on labelled scans from a weights package, against a scratch control",
+    "predict": "write label maps for scans with a fine-tuned model",
+}
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every verb has."""
+    group = parser.add_argument_group("common options")
+    group.add_argument(
+        "--workspace",
+        metavar="DIR",
+        help="where the artefacts live (default: GENESIS_WORKSPACE, else ./genesis-workspace)",
+    )
+    group.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help="a shipped recipe, for instance semantic_genesis_3d, or a YAML file (default: what --method and --dim name)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        dest="overrides",
+        help="change one value of the config, for instance --set train.steps=2000; may be repeated",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
+    group.add_argument("--seed", type=int, default=0, help="same config and seed, same result (default: 0)")
+
+
+def add_dim_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dim", choices=("3d", "2d"), default="3d", help="volumes, or images and axial slices (default: 3d)")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; user errors end with one sentence and exit code 2."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="genesis",
+        description="Self-supervised pretraining for 3D medical images.",
+        epilog="`genesis VERB --help` explains a verb; the usual order is discover, train, export, finetune, predict.",
+    )
+    parser.add_argument("--version", action="version", version=f"genesis {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, summary in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if argv[:1] == [name]:  # the others are not imported: torch and MONAI take seconds
+            module = importlib.import_module(f".{name}", __package__)
+            if module.__doc__:
+                verb.description = module.__doc__
+                verb.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(verb)
+            add_common_arguments(verb)
+            verb.set_defaults(run=module.run)
+    options = parser.parse_args(argv)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"genesis {options.verb}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Typed configs: one YAML file per method and dimension, validated; `load_config(name, overrides)`."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """What a patch is. Discovery and training must agree on this section."""
+
+    patch_size: tuple[PositiveInt, ...]  # voxels per side, 3 numbers (x, y, z) or 2 (x, y)
+    spacing_mm: Literal["median", "native"] | tuple[PositiveFloat, ...]  # voxel size of a patch
+    window_hu: tuple[float, float]  # CT only: mapped to [0, 1]; MR and X-ray use the foreground's p0.5 and p99.5
+
+
+class AutoencoderConfig(_Section):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    shape: tuple[PositiveInt, ...]  # voxels to which a whole volume (2D: slice) is resized
+    channels: tuple[PositiveInt, ...]  # of each stride-2 stage; the last is the latent's length
+
+
+class DiscoveryConfig(_Section):
+    autoencoder: AutoencoderConfig
+    classes: PositiveInt  # C anchors, hence pseudo-labels
+    neighbours: PositiveInt  # K patients per reference, itself included
+    validation_neighbours: PositiveInt  # nearest held-out patients per reference
+    references: Literal["one", "per_class"]
+    anchor_space: Literal["voxel", "body", "matched"]
+    min_score: Share  # a match with a lower normalised cross-correlation is dropped
+    min_tissue: Share  # share of a patch that must lie in the foreground
+    multi_resolution: bool  # train also on crops whose in-plane side is scaled by 50/64..79/64, shifted, resized
+
+
+class NetworkConfig(_Section):
+    name: Literal["unet", "published_unet", "flexible_unet"]
+    channels: tuple[PositiveInt, ...] | None = None  # unet only
+    strides: tuple[PositiveInt, ...] | None = None
+    num_res_units: int | None = Field(default=None, ge=0)
+    backbone: str | None = None  # flexible_unet only, for instance resnet18
+
+
+class CorruptionConfig(_Section):
+    """The rates of METHODS: Models Genesis, table of transforms."""
+
+    flip: Share
+    shuffle: Share
+    nonlinear: Share
+    paint: Share
+    outpaint: Share  # of those painted; the rest is in-painted
+    paint_fill: Literal["voxel", "constant"]
+
+
+class MethodConfig(_Section):
+    name: Literal["semantic_genesis"]
+    lambda_rec: float = Field(ge=0)
+    lambda_cls: float = Field(ge=0)
+    classify: Literal["corrupted", "clean"]
+    corruption: CorruptionConfig
+
+
+class OptimizerConfig(_Section):
+    name: Literal["adam", "adamw", "sgd"]
+    learning_rate: PositiveFloat
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["constant", "step", "cosine"]
+    warmup_steps: int = Field(ge=0)
+    step_size: PositiveInt | None = None  # schedule step: halve (gamma) every so many steps
+    gamma: PositiveFloat | None = None
+    clip_norm: PositiveFloat | None = None
+
+
+class TrainConfig(_Section):
+    steps: PositiveInt
+    batch_size: PositiveInt  # over all ranks
+    optimizer: OptimizerConfig
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 autocast on CUDA, fp32 elsewhere
+    validate_every: PositiveInt  # steps
+    validation_samples: PositiveInt
+    patience: PositiveInt  # validations without improvement before stopping early
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)]  # data loading processes
+
+
+class FinetuneConfig(_Section):
+    steps: PositiveInt
+    batch_size: PositiveInt
+    patch_size: tuple[PositiveInt, ...] | None  # null: the package's
+    spacing_mm: tuple[PositiveFloat, ...] | None  # null: the package's
+    window_hu: tuple[float, float] | None  # null: the package's
+    learning_rates: tuple[PositiveFloat, ...]  # each arm takes the best of these on the validation split
+    weight_decay: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    background_weight: PositiveFloat  # of the background in the cross-entropy
+    foreground_share: Share  # of patches centred on a labelled voxel
+    validate_every: PositiveInt
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+
+
+class Config(_Section):
+    spatial_dims: Literal[2, 3]
+    data: DataConfig
+    discovery: DiscoveryConfig
+    network: NetworkConfig
+    method: MethodConfig
+    train: TrainConfig
+    finetune: FinetuneConfig
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "Config":
+        for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
+                           ("discovery.autoencoder.shape", self.discovery.autoencoder.shape),
+                           ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
+            if isinstance(size, tuple) and len(size) != self.spatial_dims:
+                raise ValueError(f"{name} has {len(size)} numbers; a {self.spatial_dims}D config needs {self.spatial_dims}")
+        if self.data.window_hu[0] >= self.data.window_hu[1]:
+            raise ValueError(f"data.window_hu {list(self.data.window_hu)} must be [lower, upper]")
+        if min(self.data.patch_size) < 8:
+            raise ValueError(f"data.patch_size {list(self.data.patch_size)} has a side below 8 voxels")
+        return self
+
+    def dump(self) -> str:
+        """As YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+
+def load_config(name: str, overrides: Sequence[str] = (), *, sample: bool = False, values: Mapping[str, Any] | None = None) -> Config:
+    """A validated config.
+
+    `name` is a shipped recipe or a YAML file; `sample` overlays the sizes for the embedded sample cohort; `values` are
+    whole sections or dotted keys that a verb sets from its flags; `overrides` are `section.key=value` strings.
+    Precedence: file < overlay < values < overrides. Raises `UserError` for anything unknown or out of range.
+    """
+    tree = _read(name)
+    if sample:
+        dims = f"{tree.get('spatial_dims')}d"
+        _merge(tree, yaml.safe_load(resources.files("genesis.configs").joinpath("sample.yaml").read_text()).get(dims, {}))
+    for dotted, value in (values or {}).items():
+        _assign(tree, dotted, value)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: expected section.key=value, for instance --set train.steps=2000.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: {text!r} is not a YAML value.") from None
+        _assign(tree, dotted.strip(), value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"config {name}: {_explain(error)}") from None
+
+
+def recipes() -> list[str]:
+    """Names of the shipped configs."""
+    files = (item.name for item in resources.files("genesis.configs").iterdir())
+    return sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml") and file != "sample.yaml")
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name in recipes():
+        text = resources.files("genesis.configs").joinpath(f"{name}.yaml").read_text()
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The config file {name} cannot be read: {error}.") from None
+    else:
+        raise UserError(f"There is no config named {name!r}; shipped are {', '.join(recipes())}; a file must end in .yaml.")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The config {name} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"The config {name} must be a mapping of sections; start from a copy of semantic_genesis_3d.")
+    return tree
+
+
+def _merge(tree: dict[str, Any], overlay: dict[str, Any]) -> None:
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{dotted}: {parent} is a single value, not a section.")
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("median", "native", "auto"))
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
+        return f"unknown key {where}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {first['input']!r})." if where else f"{message}."

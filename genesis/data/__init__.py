@@ -1,0 +1,1 @@
+"""Reading scans, the volume store, the pseudo-label table, patches."""

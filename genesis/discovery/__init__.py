@@ -1,0 +1,1 @@
+"""Self-discovery: latents, nearest patients, anchors, and how good they are."""

@@ -1,0 +1,59 @@
+"""What the trainer asks of a method. It stands here, not in methods/, because discovery trains with the same trainer."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]  # always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass yields.
+
+    losses: scalar terms, already weighted; the trainer minimises their sum.
+    metrics: detached scalars to log.
+    """
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """A pretraining or fine-tuning method. All its state is parameters, buffers and submodules."""
+
+    needs: ClassVar[str]  # "patches" | "pseudo_labels" | "labels" | …: which sampler feeds it
+
+    def forward(self, batch: Batch) -> Output:
+        raise NotImplementedError
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; default: every parameter that requires grad."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def before_optimizer_step(self, step: int) -> None:
+        """Called after backward, before the optimizer's step (frozen prototypes)."""
+
+    def after_optimizer_step(self, step: int) -> None:
+        """Called after the optimizer's step (momentum teacher)."""
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Figures of held-out data; "loss" decides about the best checkpoint, lower is better.
+
+        Default: the sample-weighted mean of every loss term and metric, and "loss", the sum of the terms.
+        """
+        sums: defaultdict[str, float] = defaultdict(float)
+        count = 0
+        for batch in batches:
+            size = len(batch["image"])
+            output = self(batch)
+            terms = {**output.losses, **output.metrics, "loss": sum(output.losses.values())}
+            for name, value in terms.items():
+                sums[name] += float(value) * size
+            count += size
+        return {name: value / count for name, value in sums.items()}

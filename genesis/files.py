@@ -1,0 +1,96 @@
+"""Writing aside and renaming, so that nothing half-written is ever read; checksums."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and takes the place of `path`, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        if mode is not None:
+            aside.chmod(mode)
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_folder_aside(path: Path) -> Iterator[Path]:
+    """Like `write_aside` for a whole folder, to which a `SHA256SUMS` is added; an existing folder is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        sums = "".join(f"{sha256(p)}  {p.relative_to(aside).as_posix()}\n" for p in files)
+        (aside / "SHA256SUMS").write_text(sums)
+        for file in (*files, aside / "SHA256SUMS"):
+            _sync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify_folder(folder: Path) -> None:
+    """Check every file named in the folder's `SHA256SUMS`; raise `UserError` that names the first damaged one."""
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        raise UserError(f"{folder} has no SHA256SUMS: it is incomplete or not a folder that genesis wrote; make it anew.")
+    for line in sums.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file() or sha256(file) != digest:
+            raise UserError(f"{file} is damaged or missing (its checksum does not match); make {folder} anew.")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON aside and rename it."""
+    with write_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or broken file is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None

@@ -1,0 +1,1 @@
+"""One pretraining method per file."""

@@ -1,0 +1,76 @@
+"""Where the artefacts live, by convention."""
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .files import read_json, write_aside
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder that holds store, pseudo-labels, runs and weights of one cohort."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, folder: str | None) -> "Workspace":
+        """The given folder, else `GENESIS_WORKSPACE`, else `./genesis-workspace`."""
+        root = Path(folder or os.environ.get("GENESIS_WORKSPACE") or "genesis-workspace")
+        if root.exists() and not root.is_dir():
+            raise UserError(f"The workspace {root} is a file, not a folder; pass --workspace DIR.")
+        return cls(root)
+
+    @property
+    def sample(self) -> Path:
+        """The embedded sample cohort as scans."""
+        return self.root / "sample"
+
+    @property
+    def store(self) -> Path:
+        """The volume store of the pretraining cohort."""
+        return self.root / "store"
+
+    def labelled(self, name: str) -> Path:
+        """The volume store of a labelled cohort, kept apart so that pretraining never sees it."""
+        return self.root / "labelled" / name
+
+    def discovery(self, spatial_dims: int) -> Path:
+        return self.root / "discovery" / f"{spatial_dims}d"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "weights"
+
+    @property
+    def case_map(self) -> Path:
+        """Local table that maps hashed ids back to files (mode 0600); never part of an artefact."""
+        return self.root / "case_map.csv"
+
+    def id_key(self) -> bytes:
+        """The key of the hashed ids: `GENESIS_ID_KEY`, else one per workspace, made on first use (mode 0600)."""
+        if from_environment := os.environ.get("GENESIS_ID_KEY"):
+            return from_environment.encode()
+        path = self.root / "id_key"
+        if not path.exists():
+            with write_aside(path, mode=0o600) as aside:
+                aside.write_text(secrets.token_hex(32))
+        return path.read_bytes()
+
+    def run(self, name: str | None, kind: str) -> Path:
+        """The run of that name, else the newest finished or unfinished one of a kind ("train" or "finetune")."""
+        if name is not None:
+            if not (self.runs / name / "run.json").is_file():
+                known = ", ".join(sorted(p.parent.name for p in self.runs.glob("*/run.json"))) or "none"
+                raise UserError(f"There is no run {name!r} in {self.runs} (there: {known}).")
+            return self.runs / name
+        found = [p for p in self.runs.glob("*/run.json") if read_json(p)["kind"] == kind]
+        if not found:
+            raise UserError(f"There is no {kind} run in {self.runs}; start one with: python -m genesis.{kind}")
+        return max(found, key=lambda p: p.stat().st_mtime).parent
