@@ -29,7 +29,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config",
         metavar="NAME|FILE",
-        help="a shipped recipe, for instance semantic_genesis_3d, or a YAML file (default: what --method and --dim name)",
+        help="a shipped recipe such as semantic_genesis_3d, or a YAML file (default: METHOD_DIM)",
     )
     group.add_argument(
         "--set",
@@ -39,12 +39,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change one value of the config, for instance --set train.steps=2000; may be repeated",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+    )
     group.add_argument("--seed", type=int, default=0, help="same config and seed, same result (default: 0)")
 
 
 def add_dim_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dim", choices=("3d", "2d"), default="3d", help="volumes, or images and axial slices (default: 3d)")
+    parser.add_argument(
+        "--dim", choices=("3d", "2d"), default="3d", help="volumes, or images and axial slices (default: 3d)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"genesis {options.verb}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", file=sys.stderr)
+        print(
+            f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -127,7 +127,9 @@ class Config(_Section):
                            ("discovery.autoencoder.shape", self.discovery.autoencoder.shape),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
-                raise ValueError(f"{name} has {len(size)} numbers; a {self.spatial_dims}D config needs {self.spatial_dims}")
+                raise ValueError(
+                    f"{name} has {len(size)} numbers; a {self.spatial_dims}D config needs {self.spatial_dims}"
+                )
         if self.data.window_hu[0] >= self.data.window_hu[1]:
             raise ValueError(f"data.window_hu {list(self.data.window_hu)} must be [lower, upper]")
         if min(self.data.patch_size) < 8:
@@ -139,7 +141,9 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
 
 
-def load_config(name: str, overrides: Sequence[str] = (), *, sample: bool = False, values: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    name: str, overrides: Sequence[str] = (), *, sample: bool = False, values: Mapping[str, Any] | None = None
+) -> Config:
     """A validated config.
 
     `name` is a shipped recipe or a YAML file; `sample` overlays the sizes for the embedded sample cohort; `values` are
@@ -149,7 +153,9 @@ def load_config(name: str, overrides: Sequence[str] = (), *, sample: bool = Fals
     tree = _read(name)
     if sample:
         dims = f"{tree.get('spatial_dims')}d"
-        _merge(tree, yaml.safe_load(resources.files("genesis.configs").joinpath("sample.yaml").read_text()).get(dims, {}))
+        _merge(
+            tree, yaml.safe_load(resources.files("genesis.configs").joinpath("sample.yaml").read_text()).get(dims, {})
+        )
     for dotted, value in (values or {}).items():
         _assign(tree, dotted, value)
     for override in overrides:
@@ -182,7 +188,9 @@ def _read(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"The config file {name} cannot be read: {error}.") from None
     else:
-        raise UserError(f"There is no config named {name!r}; shipped are {', '.join(recipes())}; a file must end in .yaml.")
+        raise UserError(
+            f"There is no config named {name!r}; shipped are {', '.join(recipes())}; a file must end in .yaml."
+        )
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -22,7 +22,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and takes the place of `path`, else it is removed."""
+    """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -66,7 +66,9 @@ def verify_folder(folder: Path) -> None:
     """Check every file named in the folder's `SHA256SUMS`; raise `UserError` that names the first damaged one."""
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
-        raise UserError(f"{folder} has no SHA256SUMS: it is incomplete or not a folder that genesis wrote; make it anew.")
+        raise UserError(
+            f"{folder} has no SHA256SUMS: it is incomplete or not a folder that genesis wrote; make it anew."
+        )
     for line in sums.read_text().splitlines():
         digest, _, name = line.partition("  ")
         file = folder / name

@@ -25,8 +25,14 @@ class Progress:
         self._shown = now
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        parts = [f"{self.title} {self.done}/{self.total} {self.unit}", f"{rate:.3g} {self.unit}/s", f"{_clock(left)} left"]
-        parts += [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()]
+        parts = [
+            f"{self.title} {self.done}/{self.total} {self.unit}",
+            f"{rate:.3g} {self.unit}/s",
+            f"{_clock(left)} left",
+        ]
+        parts += [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+        ]
         line = " · ".join(parts)
         print(f"\r\x1b[2K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
 

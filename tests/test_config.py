@@ -1,0 +1,60 @@
+"""Configs: shipped ones are valid, precedence holds, mistakes are named."""
+
+from pathlib import Path
+
+import pytest
+
+from genesis.config import load_config, recipes
+from genesis.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("sample", [False, True])
+def test_shipped_configs_are_valid_and_round_trip(name: str, sample: bool, tmp_path: Path) -> None:
+    config = load_config(name, sample=sample)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.dump())
+    assert load_config(str(file)) == config
+    assert name.endswith(("_2d", "_2d_published", "_3d", "_3d_published"))
+
+
+def test_precedence_is_file_overlay_value_override() -> None:
+    name = "semantic_genesis_3d"
+    from_file = load_config(name).train.steps
+    from_overlay = load_config(name, sample=True).train.steps
+    assert from_file != from_overlay
+    assert load_config(name, sample=True, values={"train.steps": 7}).train.steps == 7
+    assert load_config(name, ["train.steps=8"], sample=True, values={"train.steps": 7}).train.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.step=3", "unknown key train.step; did you mean steps?"),
+        ("trian.steps=3", "did you mean train?"),
+        ("train.steps=-1", "train.steps: Input should be greater than 0"),
+        ("train.steps", "expected section.key=value"),
+        ("train.steps=[", "not a YAML value"),
+        ("data.patch_size=[64, 64]", "data.patch_size has 2 numbers; a 3D config needs 3"),
+        ("data.patch_size=[64, 64, 4]", "a side below 8 voxels"),
+        ("data.window_hu=[100, -100]", r"must be \[lower, upper\]"),
+        ("train.steps.more=3", "is a single value, not a section"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config("semantic_genesis_3d", [override])
+
+
+def test_unknown_names_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shipped are .*semantic_genesis_3d"):
+        load_config("semantic_genesis_4d")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(str(broken))
+    broken.write_text("just text")
+    with pytest.raises(UserError, match="mapping of sections"):
+        load_config(str(broken))
