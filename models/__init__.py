@@ -1,0 +1,23 @@
+"""Networks behind `encode` and `decode`, and the heads that pretraining and fine-tuning put on them."""
+
+from .autoencoder import Autoencoder
+from .backbone import Backbone
+from .build import build_backbone, build_described
+from .flexible_unet import FlexibleUNetBackbone
+from .heads import ClassificationHead, Classifier, RestorationCalibration
+from .published_unet import PublishedUNet, PublishedUNetBackbone
+from .unet import UNetBackbone
+
+__all__ = [
+    "Autoencoder",
+    "Backbone",
+    "ClassificationHead",
+    "Classifier",
+    "FlexibleUNetBackbone",
+    "PublishedUNet",
+    "PublishedUNetBackbone",
+    "RestorationCalibration",
+    "UNetBackbone",
+    "build_backbone",
+    "build_described",
+]
