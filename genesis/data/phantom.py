@@ -92,7 +92,7 @@ class Acquisition:
     spacing_mm: tuple[float, float, float] = (3.6, 3.6, 4.5)
     centre_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     rotation_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    noise_hu: float = 20.0
+    noise_hu: float = 15.0
 
     @classmethod
     def draw(cls, source: torch.Generator) -> "Acquisition":
@@ -103,7 +103,7 @@ class Acquisition:
             spacing_mm=(round(in_plane, 2), round(in_plane, 2), round(slices, 2)),
             centre_mm=(_draw(source, -18, 18), _draw(source, -15, 15), _draw(source, -55, 55)),
             rotation_degrees=(_draw(source, -6, 6), _draw(source, -4, 4), _draw(source, -8, 8)),
-            noise_hu=_draw(source, 8, 30),
+            noise_hu=_draw(source, 6, 22),
         )
 
 

@@ -1,0 +1,270 @@
+"""Patches: boxes in millimetres, cut from stored volumes in one interpolation, and the samplers that serve them.
+
+A place is given in the volume's own space (voxel index × spacing, three numbers in mm). With three numbers in `size`
+a patch is a box; with two it is the axial slice at the height of its centre, from the same code.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..config import DataConfig
+from ..errors import UserError
+from ..seeding import generator, key
+from .pseudo_labels import PseudoLabels
+from .resample import axis_weights, positions, resample
+from .store import Volume, VolumeMeta, VolumeStore
+
+Sample = dict[str, Tensor]
+
+
+def window(raw: np.ndarray, meta: VolumeMeta, window_hu: tuple[float, float] | None) -> Float[Tensor, "c x y z"]:
+    """Stored integers (C, x, y, z) → [0, 1]; what lies beyond the limits is clipped.
+
+    The limits are the window for CT; for other modalities, or without a window, p0.5 and p99.5 of the foreground of
+    each channel.
+    """
+    limits = [window_hu] * len(raw) if window_hu and meta.modality == "ct" else meta.percentiles
+    low, high = torch.tensor(limits, dtype=torch.float32)[..., None, None, None].unbind(1)
+    x = torch.from_numpy(raw.astype(np.float32))
+    span = (high - low).clamp(min=1e-6)
+    return x.mul_(meta.scale / span).add_((meta.offset - low) / span).clamp_(0, 1)
+
+
+def cut(
+    volume: Volume,
+    centre_mm: Sequence[float],
+    extent_mm: Sequence[float],
+    size: Sequence[int],
+    window_hu: tuple[float, float] | None,
+) -> Float[Tensor, "c *size"]:
+    """The patch (C, *size) in [0, 1]; background outside the volume is 0. Reads only the box that it needs.
+
+    `centre_mm` has three numbers, `extent_mm` as many as `size`.
+    """
+    return cut_padded(volume, centre_mm, extent_mm, size, window_hu)[0]
+
+
+def cut_labels(
+    volume: Volume, centre_mm: Sequence[float], extent_mm: Sequence[float], size: Sequence[int]
+) -> Int[Tensor, "*size"]:
+    """Labels (*size), int64, of the voxels nearest to the points at which `cut` samples; 0 outside the volume."""
+    index, inside, box = [], [], []
+    for n_out, centre, extent, step, n_in in _axes(volume.meta, centre_mm, extent_mm, size):
+        nearest = (positions(n_out, centre, extent, step) + 0.5).floor().long()
+        inside.append((nearest >= 0) & (nearest < n_in))
+        nearest = nearest.clamp(0, n_in - 1)
+        start = int(nearest.min())
+        box.append(slice(start, int(nearest.max()) + 1))
+        index.append(nearest - start)
+    stored = volume.labels((box[0], box[1], box[2]))
+    if stored is None:
+        raise UserError(f"Volume {volume.meta.volume} has no label map.")
+    labels = torch.from_numpy(stored.astype(np.int64))[torch.meshgrid(*index, indexing="ij")]
+    labels *= inside[0][:, None, None] & inside[1][:, None] & inside[2]
+    return labels.squeeze(2) if len(size) == 2 else labels
+
+
+def cut_padded(
+    volume: Volume,
+    centre_mm: Sequence[float],
+    extent_mm: Sequence[float],
+    size: Sequence[int],
+    window_hu: tuple[float, float] | None,
+) -> tuple[Tensor, float]:
+    """`cut`, and the share of the patch that lies outside the volume."""
+    box, weights = [], []
+    inside = 1.0
+    for axis in _axes(volume.meta, centre_mm, extent_mm, size):
+        start, weight = axis_weights(*axis)
+        box.append(slice(start, start + weight.shape[1]))
+        weights.append(weight)
+        inside *= float(weight.sum(1).mean())
+    x = resample(window(volume.read((box[0], box[1], box[2])), volume.meta, window_hu), *weights)
+    return x.squeeze(3) if len(size) == 2 else x, max(0.0, 1.0 - inside)
+
+
+def _axes(
+    meta: VolumeMeta, centre_mm: Sequence[float], extent_mm: Sequence[float], size: Sequence[int]
+) -> list[tuple[int, float, float, float, int]]:
+    """Per axis: voxels and centre and extent of the patch, spacing and voxels of the volume. A slice is one point."""
+    if len(size) == 2:
+        size, extent_mm = (*size, 1), (*extent_mm, 0.0)
+    return list(zip(size, map(float, centre_mm), map(float, extent_mm), meta.spacing_mm, meta.shape[1:], strict=True))
+
+
+def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta]) -> tuple[float, ...] | None:
+    """The voxel size of patches in mm: as configured, the cohort's median per axis, or None for each volume's own.
+
+    Raises `UserError` with a size that fits when a patch is larger than the median volume.
+    """
+    dims = len(data.patch_size)
+    stored = np.array([meta.spacing_mm[:dims] for meta in metas])
+    shapes = np.array([meta.shape[1 : dims + 1] for meta in metas])
+    if data.spacing_mm == "native":
+        spacing, room = None, np.median(shapes, axis=0)
+    else:
+        median = tuple(round(float(step), 4) for step in np.median(stored, axis=0))
+        spacing = median if data.spacing_mm == "median" else data.spacing_mm
+        room = np.median(shapes * stored, axis=0) / spacing
+    fits = [side if side <= most + 0.5 else _round_down(most) for side, most in zip(data.patch_size, room, strict=True)]
+    if fits != list(data.patch_size):
+        voxels = " × ".join(f"{most:.0f}" for most in room)
+        at = "in native voxels" if spacing is None else "at {} mm".format(" × ".join(f"{step:g}" for step in spacing))
+        mend = f"--set data.patch_size={fits}" if min(fits) >= 8 else "a smaller --set data.spacing_mm=[…]"
+        raise UserError(
+            f"data.patch_size {list(data.patch_size)} is larger than the median volume ({voxels} voxels {at}); "
+            f"try {mend}".replace(", ", ",")
+        )
+    return spacing
+
+
+def _round_down(voxels: float) -> int:
+    """To a multiple of 16, or of 8 below 16: what networks with three or four halvings take."""
+    step = 16 if voxels >= 16 else 8
+    return int(voxels // step * step)
+
+
+def shuffled(index: int, count: int, seed: int) -> int:
+    """The item that stands at a place of an endless sequence: all `count` in random order, then all in another."""
+    epoch, place = divmod(index, count)
+    return int(_permutation(count, seed, epoch)[place])
+
+
+@lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, "epoch", epoch))
+
+
+class _TablePatches(Dataset[Sample]):
+    """Patches of a table's rows, all of one size.
+
+    An item is {"image": (C, *patch_size) in [0, 1], "label": pseudo-label, "key": int64, the sample's random key,
+    "padding": share of the patch that lies outside the volume}.
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        table: PseudoLabels,
+        *,
+        patch_size: Sequence[int],
+        spacing_mm: Sequence[float] | None,
+        window_hu: tuple[float, float] | None,
+        seed: int,
+    ) -> None:
+        """`spacing_mm`: voxel size of a patch, as many numbers as `patch_size`; None: each volume's own.
+
+        Raises `UserError` when the table has no rows or names a volume that the store lacks.
+        """
+        if not len(table):
+            raise UserError("The pseudo-labels have no rows of this split; make them anew: python -m genesis.discover")
+        if unknown := sorted(set(table.volume.tolist()) - set(store.ids)):
+            raise UserError(
+                f"The pseudo-labels name {len(unknown)} volumes that the store lacks, for instance {unknown[0]}; "
+                "make them anew with: python -m genesis.discover"
+            )
+        self.store, self.table, self.seed = store, table, seed
+        self.patch_size, self.spacing_mm, self.window_hu = tuple(patch_size), spacing_mm, window_hu
+
+    def _item(self, row: int, key: int, scale: float = 1.0, shift: Sequence[float] = (0.0, 0.0)) -> Sample:
+        """The row's patch, its in-plane sides scaled and its centre shifted in plane, in shares of the exact sides."""
+        volume = self.store[str(self.table.volume[row])]
+        spacing = self.spacing_mm or volume.meta.spacing_mm
+        extent = [n * step for n, step in zip(self.patch_size, spacing, strict=False)]
+        centre = self.table.centre_mm[row].tolist()
+        for axis in (0, 1):
+            centre[axis] += shift[axis] * extent[axis]
+            extent[axis] *= scale
+        image, padding = cut_padded(volume, centre, extent, self.patch_size, self.window_hu)
+        return {
+            "image": image,
+            "label": torch.tensor(int(self.table.class_[row])),
+            "key": torch.tensor(key),
+            "padding": torch.tensor(padding),
+        }
+
+
+class PseudoLabelPatches(_TablePatches):
+    """Training patches by global sample index, which has no end: every epoch is a permutation of the table's rows.
+
+    With `multi_resolution` (METHODS 1.4) a third of the samples are the exact crop; of the others the in-plane side is
+    uniform in 50..79 and the shift of the centre, along x and y, in -10..9, in 64ths of the exact side. What is drawn
+    depends on `seed` and index alone.
+    """
+
+    def __init__(self, store: VolumeStore, table: PseudoLabels, *, multi_resolution: bool, **patch: Any) -> None:
+        super().__init__(store, table, **patch)
+        self.multi_resolution = multi_resolution
+
+    def __getitem__(self, index: int) -> Sample:
+        row = shuffled(index, len(self.table), self.seed)
+        sample_key = key(self.seed, "sample", index)
+        source = generator(self.seed, "crop", index)
+        if not self.multi_resolution or torch.randint(3, (), generator=source) == 0:
+            return self._item(row, sample_key)
+        side = torch.randint(50, 80, (), generator=source) / 64
+        shift = torch.randint(-10, 10, (2,), generator=source) / 64
+        return self._item(row, sample_key, float(side), shift.tolist())
+
+
+class ValidationPatches(_TablePatches):
+    """The exact crops of the table's rows, the same on every pass."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._item(index, key(self.seed, "validation", index))
+
+
+class WholeVolumes(Dataset[Sample]):
+    """Whole volumes resized to `shape`, in the order of `metas`: {"image": (C, *shape) in [0, 1], "key": int64}.
+
+    With two numbers in `shape`: axial slices at `positions`, which go from 0, the lower end of the foreground box, to
+    1, its upper end; item i is the slice of volume i // len(positions) at position i % len(positions).
+    """
+
+    def __init__(
+        self,
+        store: VolumeStore,
+        metas: Sequence[VolumeMeta],
+        *,
+        shape: Sequence[int],
+        window_hu: tuple[float, float] | None,
+        positions: Sequence[float] = (0.5,),
+    ) -> None:
+        self.store, self.metas = store, tuple(metas)
+        self.shape, self.window_hu = tuple(shape), window_hu
+        self.positions = tuple(positions) if len(shape) == 2 else (0.5,)
+
+    def __len__(self) -> int:
+        return len(self.metas) * len(self.positions)
+
+    def __getitem__(self, index: int) -> Sample:
+        number, place = divmod(index, len(self.positions))
+        meta = self.metas[number]
+        centre = [(n - 1) / 2 * step for n, step in zip(meta.shape[1:], meta.spacing_mm, strict=True)]
+        extent = [n * step for n, step in zip(meta.shape[1:], meta.spacing_mm, strict=True)][: len(self.shape)]
+        if len(self.shape) == 2:
+            low, high = meta.foreground_box[2]
+            centre[2] = (low - 0.5 + self.positions[place] * (high - low)) * meta.spacing_mm[2]
+        image = cut(self.store[meta.volume], centre, extent, self.shape, self.window_hu)
+        return {"image": image, "key": torch.tensor(index)}
+
+
+class Endless(Dataset[Sample]):
+    """A dataset by global sample index without end, shuffled anew every epoch; the key is of the index."""
+
+    def __init__(self, dataset: WholeVolumes, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[shuffled(index, len(self.dataset), self.seed)]
+        return {**sample, "key": torch.tensor(key(self.seed, "sample", index))}
