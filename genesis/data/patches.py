@@ -5,8 +5,8 @@ a patch is a box; with two it is the axial slice at the height of its centre, fr
 """
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,10 +117,10 @@ def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta]) -> tuple[floa
     if fits != list(data.patch_size):
         voxels = " × ".join(f"{most:.0f}" for most in room)
         at = "in native voxels" if spacing is None else "at {} mm".format(" × ".join(f"{step:g}" for step in spacing))
-        mend = f"--set data.patch_size={fits}" if min(fits) >= 8 else "a smaller --set data.spacing_mm=[…]"
+        mend = f"--set data.patch_size={fits}" if min(fits) >= 8 else "a smaller voxel with --set data.spacing_mm=[…]"
         raise UserError(
             f"data.patch_size {list(data.patch_size)} is larger than the median volume ({voxels} voxels {at}); "
-            f"try {mend}".replace(", ", ",")
+            f"try {mend.replace(', ', ',')}"
         )
     return spacing
 
@@ -142,36 +142,32 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
+@dataclass(frozen=True)
 class _TablePatches(Dataset[Sample]):
     """Patches of a table's rows, all of one size.
 
+    `spacing_mm` is the voxel size of a patch, as many numbers as `patch_size`, or None for each volume's own.
     An item is {"image": (C, *patch_size) in [0, 1], "label": pseudo-label, "key": int64, the sample's random key,
     "padding": share of the patch that lies outside the volume}.
+    Raises `UserError` when the table has no rows or names a volume that the store lacks.
     """
 
-    def __init__(
-        self,
-        store: VolumeStore,
-        table: PseudoLabels,
-        *,
-        patch_size: Sequence[int],
-        spacing_mm: Sequence[float] | None,
-        window_hu: tuple[float, float] | None,
-        seed: int,
-    ) -> None:
-        """`spacing_mm`: voxel size of a patch, as many numbers as `patch_size`; None: each volume's own.
+    store: VolumeStore
+    table: PseudoLabels
+    _: KW_ONLY
+    patch_size: tuple[int, ...]
+    spacing_mm: tuple[float, ...] | None
+    window_hu: tuple[float, float] | None
+    seed: int
 
-        Raises `UserError` when the table has no rows or names a volume that the store lacks.
-        """
-        if not len(table):
+    def __post_init__(self) -> None:
+        if not len(self.table):
             raise UserError("The pseudo-labels have no rows of this split; make them anew: python -m genesis.discover")
-        if unknown := sorted(set(table.volume.tolist()) - set(store.ids)):
+        if unknown := sorted(set(self.table.volume.tolist()) - set(self.store.ids)):
             raise UserError(
                 f"The pseudo-labels name {len(unknown)} volumes that the store lacks, for instance {unknown[0]}; "
                 "make them anew with: python -m genesis.discover"
             )
-        self.store, self.table, self.seed = store, table, seed
-        self.patch_size, self.spacing_mm, self.window_hu = tuple(patch_size), spacing_mm, window_hu
 
     def _item(self, row: int, key: int, scale: float = 1.0, shift: Sequence[float] = (0.0, 0.0)) -> Sample:
         """The row's patch, its in-plane sides scaled and its centre shifted in plane, in shares of the exact sides."""
@@ -191,6 +187,7 @@ class _TablePatches(Dataset[Sample]):
         }
 
 
+@dataclass(frozen=True)
 class PseudoLabelPatches(_TablePatches):
     """Training patches by global sample index, which has no end: every epoch is a permutation of the table's rows.
 
@@ -199,9 +196,8 @@ class PseudoLabelPatches(_TablePatches):
     depends on `seed` and index alone.
     """
 
-    def __init__(self, store: VolumeStore, table: PseudoLabels, *, multi_resolution: bool, **patch: Any) -> None:
-        super().__init__(store, table, **patch)
-        self.multi_resolution = multi_resolution
+    _: KW_ONLY
+    multi_resolution: bool
 
     def __getitem__(self, index: int) -> Sample:
         row = shuffled(index, len(self.table), self.seed)
