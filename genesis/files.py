@@ -62,17 +62,18 @@ def write_folder_aside(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def verify_folder(folder: Path) -> None:
-    """Check every file named in the folder's `SHA256SUMS`; raise `UserError` that names the first damaged one."""
+def verify_folder(folder: Path, *names: str) -> None:
+    """Check the named files, default all, by the folder's `SHA256SUMS`; raise `UserError` for the first damaged one."""
     sums = folder / "SHA256SUMS"
     if not sums.is_file():
         raise UserError(
             f"{folder} has no SHA256SUMS: it is incomplete or not a folder that genesis wrote; make it anew."
         )
-    for line in sums.read_text().splitlines():
-        digest, _, name = line.partition("  ")
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
+    for name in names or digests:
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file() or sha256(file) != digest:
+        inside = file.resolve().is_relative_to(folder.resolve())
+        if not inside or not file.is_file() or sha256(file) != digests.get(name):
             raise UserError(f"{file} is damaged or missing (its checksum does not match); make {folder} anew.")
 
 

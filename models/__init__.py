@@ -2,7 +2,7 @@
 
 from .autoencoder import Autoencoder
 from .backbone import Backbone
-from .build import build_backbone, build_described
+from .build import build_backbone, build_described, wrap
 from .flexible_unet import FlexibleUNetBackbone
 from .heads import ClassificationHead, Classifier, RestorationCalibration
 from .published_unet import PublishedUNet, PublishedUNetBackbone
@@ -20,4 +20,5 @@ __all__ = [
     "UNetBackbone",
     "build_backbone",
     "build_described",
+    "wrap",
 ]

@@ -12,7 +12,7 @@ from .published_unet import PublishedUNet, PublishedUNetBackbone
 from .unet import UNetBackbone
 
 # Class names that a card may hold: nothing else is ever instantiated from one.
-_NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Backbone]]] = {
+_NETWORKS: dict[str, tuple[type[nn.Module], Callable[..., Backbone]]] = {
     "monai.networks.nets.UNet": (UNet, UNetBackbone),
     "monai.networks.nets.FlexibleUNet": (FlexibleUNet, FlexibleUNetBackbone),
     "genesis.models.PublishedUNet": (PublishedUNet, PublishedUNetBackbone),
@@ -65,6 +65,14 @@ def build_backbone(
     return PublishedUNetBackbone(PublishedUNet(in_channels, out_channels))
 
 
+def wrap(network: nn.Module) -> Backbone:
+    """The backbone around an existing plain network. Raises ValueError for any other network."""
+    for plain, backbone in _NETWORKS.values():
+        if isinstance(network, plain):
+            return backbone(network)
+    raise ValueError(f"{type(network).__name__} is not one of {', '.join(_NETWORKS)}")
+
+
 def build_described(description: dict, *, in_channels: int | None = None, logits: int | None = None) -> Backbone:
     """The untrained backbone that `Backbone.describe` (or a card's `network`) describes.
 
@@ -74,14 +82,16 @@ def build_described(description: dict, *, in_channels: int | None = None, logits
     name, kwargs = description["class"], dict(description["kwargs"])
     if name not in _NETWORKS:
         raise ValueError(f"{name} is not one of {', '.join(_NETWORKS)}")
-    network, wrap = _NETWORKS[name]
+    network, backbone = _NETWORKS[name]
     if in_channels is not None:
         kwargs["in_channels"] = in_channels
     if logits is not None:
         kwargs["out_channels"] = logits
         if network is PublishedUNet:
             kwargs["sigmoid"] = False
+    if network is FlexibleUNet:
+        kwargs["pretrained"] = False  # a card must not make MONAI download or open anything
     try:
-        return wrap(network(**kwargs))
-    except (TypeError, AttributeError) as error:
+        return backbone(network(**kwargs))
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the arguments {kwargs} do not fit {name}: {error}") from None

@@ -1,0 +1,107 @@
+"""The card of a weights package: what the network is, what of it is trained, and which data it expects."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ._version import __version__
+from .errors import UserError
+from .files import read_json
+
+SCHEMA = 1
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class NetworkCard(_Section):
+    class_name: str = Field(alias="class")  # dotted, of the plain network, for instance monai.networks.nets.UNet
+    kwargs: dict[str, Any]
+
+
+class KeysCard(_Section):
+    """The keys of `weights.safetensors`, each in one part. The output layer is trained when the decoder is."""
+
+    encoder: tuple[str, ...]
+    decoder: tuple[str, ...]
+    output: tuple[str, ...]
+
+
+class DataCard(_Section):
+    """What the network was shown: patches of `patch_size` voxels of `spacing_mm`, in [0, 1], in RAS+ orientation."""
+
+    modality: str  # ct | mr | xray
+    window_hu: tuple[Finite, Finite] | None  # CT: mapped to [0, 1]; others: the foreground's p0.5 and p99.5
+    spacing_mm: tuple[Finite, ...] | None  # null: each scan's own
+    patch_size: tuple[int, ...]
+    orientation: Literal["RAS"] = "RAS"
+    intensity_range: tuple[Finite, Finite] = (0.0, 1.0)
+
+
+class CohortCard(_Section):
+    """Hashes of what was seen, so that leakage can be checked; they reveal nothing without the workspace's key."""
+
+    patients: tuple[str, ...]
+    volumes: tuple[str, ...]
+
+
+class PretrainingCard(_Section):
+    method: str
+    steps: int
+    seed: int
+    metrics: dict[str, Finite | None]  # of the held-out patients; null where not a finite number
+    cohort: CohortCard
+
+
+class TaskCard(_Section):
+    """What a fine-tuned network's outputs mean."""
+
+    type: Literal["segmentation", "classification"]
+    labels: dict[int, str]
+
+
+class FingerprintCard(_Section):
+    """Output values at evenly spaced places, for an input that a formula gives; eval mode, float32, on the CPU."""
+
+    input: str
+    shape: tuple[int, ...]
+    values: tuple[Finite, ...]
+
+
+class Card(_Section):
+    """`card.json`."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    network: NetworkCard
+    trained: tuple[Literal["encoder", "decoder"], ...]
+    keys: KeysCard
+    data: DataCard
+    pretraining: PretrainingCard
+    task: TaskCard | None = None
+    fingerprint: FingerprintCard
+    genesis_version: str = __version__
+
+
+def read_card(folder: Path | str) -> Card:
+    """The card of a weights package. Raises `UserError` when there is none, or it is newer or not valid."""
+    path = Path(folder) / "card.json"
+    if not path.is_file():
+        raise UserError(
+            f"There is no weights package at {folder} (no card.json there); make one with: python -m genesis.export"
+        )
+    tree = read_json(path)
+    version = tree.get("schema") if isinstance(tree, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise UserError(
+            f"{path} was written by a newer genesis (schema {version}; this one reads up to {SCHEMA}): update genesis."
+        )
+    try:
+        return Card.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path} is not a valid card: {where}: {first['msg']}; export the package anew.") from None
