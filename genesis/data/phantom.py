@@ -101,8 +101,8 @@ class Acquisition:
         return cls(
             shape=(_integer(source, 80, 100), _integer(source, 68, 84), _integer(source, 56, 80)),
             spacing_mm=(round(in_plane, 2), round(in_plane, 2), round(slices, 2)),
-            centre_mm=(_draw(source, -18, 18), _draw(source, -15, 15), _draw(source, -55, 55)),
-            rotation_degrees=(_draw(source, -6, 6), _draw(source, -4, 4), _draw(source, -8, 8)),
+            centre_mm=(_draw(source, -18, 18), _draw(source, -15, 15), _draw(source, -40, 40)),
+            rotation_degrees=(_draw(source, -6, 6), _draw(source, -4, 4), _draw(source, -6, 6)),
             noise_hu=_draw(source, 6, 22),
         )
 
@@ -213,7 +213,7 @@ def _body_points(acquisition: Acquisition, anatomy: torch.Generator) -> Tensor:
             for i in range(3)
         ]
     )
-    return points + 5.0 * _field(points, anatomy, 60.0, channels=3)
+    return points + 4.0 * _field(points, anatomy, 60.0, channels=3)
 
 
 def _field(points: Tensor, source: torch.Generator, cell_mm: float, channels: int = 1) -> Tensor:
@@ -251,7 +251,7 @@ def _anatomy(points: Tensor, source: torch.Generator, lesions: bool) -> Tensor:
         return a.add_(b).add_(c) < 1
 
     def organ(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
-        return torch.tensor(centre) + vary(5.0), torch.tensor(radii) * (1 + vary(0.1))
+        return torch.tensor(centre) + vary(4.0), torch.tensor(radii) * (1 + vary(0.1))
 
     def column(cx: Tensor | float, cy: Tensor | float, radius: float) -> Tensor:
         return (x - cx).square() + (y - cy).square() < radius**2

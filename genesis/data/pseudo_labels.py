@@ -87,7 +87,9 @@ class PseudoLabels:
             with path.open(newline="", encoding="utf-8") as stream:
                 header, *rows = list(csv.reader(stream)) or [[]]
         except FileNotFoundError:
-            raise UserError(f"There are no pseudo-labels at {path}; make them with: python -m genesis.discover") from None
+            raise UserError(
+                f"There are no pseudo-labels at {path}; make them with: python -m genesis.discover"
+            ) from None
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read as CSV ({error}); {again}") from None
         if missing := [name for name in _COLUMNS if name not in header]:
