@@ -1,0 +1,22 @@
+"""Real data, and shape annotations that are checked."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports them: from here on their jaxtyping annotations are checked at every call.
+install_import_hook(
+    ["genesis.transforms", "genesis.models", "genesis.losses", "genesis.discovery"], "beartype.beartype"
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real scans: `GENESIS_SHARED_DATA`, else ../shared/data beside the repository, else skip."""
+    repository = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("GENESIS_SHARED_DATA") or repository.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder}; set GENESIS_SHARED_DATA")
+    return folder
