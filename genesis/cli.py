@@ -70,10 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 verb.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(verb)
             add_common_arguments(verb)
-            verb.set_defaults(run=module.run)
     options = parser.parse_args(argv)
     try:
-        options.run(options)
+        importlib.import_module(f".{options.verb}", __package__).run(options)
     except UserError as error:
         print(f"genesis {options.verb}: {error}", file=sys.stderr)
         sys.exit(2)
