@@ -8,7 +8,15 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them: from here on their jaxtyping annotations are checked at every call.
 install_import_hook(
-    ["genesis.transforms", "genesis.models", "genesis.losses", "genesis.discovery"], "beartype.beartype"
+    [
+        "genesis.transforms",
+        "genesis.models",
+        "genesis.losses",
+        "genesis.discovery",
+        "genesis.data.patches",
+        "genesis.data.resample",
+    ],
+    "beartype.beartype",
 )
 
 

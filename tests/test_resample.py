@@ -90,8 +90,8 @@ def test_equals_scipy_where_nothing_shrinks() -> None:
 def test_equals_antialiased_interpolation_where_the_whole_shrinks() -> None:
     x = torch.rand(1, 1, 37, 53)
     expected = torch.nn.functional.interpolate(x, (16, 21), mode="bilinear", antialias=True, align_corners=False)
-    weights = [full(n_out, (n_in - 1) / 2, float(n_in), 1.0, n_in) for n_out, n_in in ((16, 37), (21, 53))]
-    torch.testing.assert_close(resample(x[..., None], *weights, torch.ones(1, 1))[..., 0], expected)
+    weights = [full(n_out, (n_in - 1) / 2, float(n_in), 1.0, n_in) for n_out, n_in in ((16, 37), (21, 53), (1, 1))]
+    torch.testing.assert_close(resample(x[..., None], *weights)[..., 0], expected)
 
 
 def test_shrinking_does_not_alias() -> None:
