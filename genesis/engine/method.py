@@ -1,4 +1,4 @@
-"""What the trainer asks of a method. It stands here, not in methods/, because discovery trains with the same trainer."""
+"""What the trainer asks of a method; it stands here, not in methods/, for discovery trains with the same trainer."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]  # always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, for Fabric refuses to look into frozen ones
 class Output:
     """What one forward pass yields.
 

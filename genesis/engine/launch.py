@@ -1,0 +1,55 @@
+"""Device and processes: a thin use of Lightning Fabric."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def launch(device: str) -> "Fabric":
+    """Fabric on "cpu", "cuda" or "auto" (CUDA where there is one), launched.
+
+    One process on one device, unless torchrun or srun started several. Raises `UserError` when there is no such device.
+    """
+    from lightning.fabric import Fabric  # takes seconds to import
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
+    devices, nodes = _processes()
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes)
+    fabric.launch()
+    return fabric
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def worker_count(workers: int | str) -> int:
+    """Data loading processes of each training process; "auto": half of its cores, at most 8, none of two or fewer."""
+    if not isinstance(workers, str):
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= _processes()[0]
+    return min(8, cores // 2) if cores > 2 else 0
+
+
+def _processes() -> tuple[int, int]:
+    """Processes per node, and nodes, as torchrun or srun started them."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return local, int(os.environ["WORLD_SIZE"]) // local
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 1, 1
