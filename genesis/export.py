@@ -1,0 +1,87 @@
+"""Turn a pretraining run into a weights package: the network as MONAI has it, with a card that says what it is.
+
+The package is a folder in the workspace's weights/ with weights.safetensors, card.json and a README.md. It holds
+encoder and decoder; loading it needs MONAI only. The newest run is taken unless --run names one.
+"""
+
+import argparse
+import math
+from typing import Any
+
+from .card import CohortCard, DataCard, PretrainingCard
+from .config import Config, load_config
+from .engine.checkpoint import read_checkpoint
+from .errors import UserError
+from .files import read_json
+from .models import build_backbone
+from .package import write_package
+from .workspace import Workspace
+
+_PREFIX = "backbone.network."  # of the exported weights in a method's state dict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="NAME", help="the run to export (default: the newest)")
+    parser.add_argument("--name", metavar="NAME", help="the package's name (default: the run's)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "last"),
+        default="best",
+        help="best by validation loss, or the last one (default: best)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    workspace = Workspace.at(options.workspace)
+    folder = workspace.run(options.run, "train")
+    name = options.name or folder.name
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"--name {name}: a package's name has no slashes; it goes to {workspace.weights}.")
+    record = read_json(folder / "run.json")
+    if record["kind"] != "train":
+        raise UserError(f"{folder} is a {record['kind']} run, which keeps its model as a package itself; see {folder}.")
+    checkpoint = read_checkpoint(folder / "checkpoints" / f"{options.checkpoint}.pt")
+    config = load_config(str(folder / "config.yaml"))
+    backbone = build_backbone(
+        spatial_dims=config.spatial_dims,
+        in_channels=record["in_channels"],
+        out_channels=record["in_channels"],
+        **config.network.model_dump(),
+    )
+    weights = {key: value for key, value in checkpoint["method"].items() if key.startswith(_PREFIX)}
+    try:
+        backbone.network.load_state_dict({key.removeprefix(_PREFIX): value for key, value in weights.items()})
+    except RuntimeError:
+        raise UserError(
+            f"The checkpoint in {folder} does not hold the network of its config.yaml: one of the two was changed; "
+            "restore it, or train anew."
+        ) from None
+    package = workspace.weights / name
+    card = write_package(
+        package,
+        backbone,
+        data=_data_card(config, record),
+        pretraining=PretrainingCard(
+            method=record["method"],
+            steps=checkpoint["step"],
+            seed=record["seed"],
+            metrics={key: value if math.isfinite(value) else None for key, value in checkpoint["metrics"].items()},
+            cohort=CohortCard.model_validate(record["cohort"]),
+        ),
+    )
+    size = sum(parameter.numel() for parameter in backbone.network.parameters())
+    print(f"Exported {folder.name}, {options.checkpoint} checkpoint (step {checkpoint['step']}):")
+    print(f"  {card.network.class_name} with {size:,} parameters; trained: {' and '.join(card.trained)}")
+    print("  read back: it loads strictly and computes the same")
+    print(f'  in Python: import genesis; report = genesis.load_into(my_network, "{package}")')
+    where = f" --workspace {options.workspace}" if options.workspace else ""
+    print(f"The weights are in {package}; next: python -m genesis.finetune --weights {name}{where}")
+
+
+def _data_card(config: Config, record: dict[str, Any]) -> DataCard:
+    return DataCard(
+        modality=record["modality"],
+        window_hu=config.data.window_hu if record["modality"] == "ct" else None,
+        spacing_mm=record["spacing_mm"],
+        patch_size=config.data.patch_size,
+    )
