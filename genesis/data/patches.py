@@ -66,7 +66,9 @@ def cut_labels(
     stored = volume.labels((box[0], box[1], box[2]))
     if stored is None:
         raise UserError(f"Volume {volume.meta.volume} has no label map.")
-    labels = torch.from_numpy(stored.astype(np.int64))[torch.meshgrid(*index, indexing="ij")]
+    for axis, nearest in enumerate(index):
+        stored = stored.take(nearest.numpy(), axis)
+    labels = torch.from_numpy(stored.astype(np.int64))
     labels *= inside[0][:, None, None] & inside[1][:, None] & inside[2]
     return labels.squeeze(2) if len(size) == 2 else labels
 

@@ -272,7 +272,8 @@ def _anatomy(points: Tensor, source: torch.Generator, lesions: bool) -> Tensor:
     paint("rib", wall & (rho > 1.03**2) & (rho < 1.11**2) & (rib | sternum))
 
     # abdomen's filling
-    coils = _field(points, source, 24.0)
+    coils, *pair = _field(points, source, 22.0, channels=3)
+    branches = pair[0].square() + pair[1].square()  # near zero along lines: vessels of lung and liver
     abdomen = (rho < 0.92) & (z < -45)
     paint("bowel", abdomen & (coils > -0.1))
     paint("bowel gas", abdomen & (coils > 0.75) & (y > -15))
@@ -280,14 +281,12 @@ def _anatomy(points: Tensor, source: torch.Generator, lesions: bool) -> Tensor:
     # thorax, above a dome that is higher on the right
     dome = 28 + _draw(source, -6, 6) + 0.09 * x - 48 * (((x.abs() - 66) / 76).square() + (y / 92).square())
     paint("mediastinum", inside & (z > dome) & (z < 190))
-    branches = _field(points, source, 20.0, channels=2).square().sum(0)
     hila = ((x.abs() - 30) / 60).square() + ((y + 5) / 70).square() + ((z - 70) / 80).square()
     for side, sign in (("right", 1), ("left", -1)):
         lung = ellipsoid(*organ((sign * 74, -4, 55), (58, 92, 132))) & (rho < 0.97) & (z > dome)
         paint(f"{side} lung", lung)
         paint(f"{side} lung vessel", lung & (branches < 0.16 * torch.exp(-hila)))
     below = z < dome - 4
-    branches = _field(points, source, 28.0, channels=2).square().sum(0)
 
     liver, lobe = organ((64, 6, -38), (70, 72, 70)), organ((8, 38, -28), (55, 36, 36))
     mask = (ellipsoid(*liver) | ellipsoid(*lobe)) & below & (rho < 0.97)
