@@ -98,9 +98,9 @@ def write_package(
 
 
 def find_package(name: str, workspace: Workspace) -> Path:
-    """The package of that folder, or of that name in the workspace's `weights/`; or a published checkpoint's file."""
+    """The package in the folder `name`, or of that name in the workspace's `weights/`."""
     for path in (Path(name), workspace.weights / name):
-        if (path / "card.json").is_file() or path.is_file():
+        if (path / "card.json").is_file():
             return path
     known = ", ".join(sorted(path.parent.name for path in workspace.weights.glob("*/card.json"))) or "none"
     raise UserError(
