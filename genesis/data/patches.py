@@ -144,7 +144,7 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator(seed, "epoch", epoch))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _TablePatches(Dataset[Sample]):
     """Patches of a table's rows, all of one size.
 
@@ -189,7 +189,7 @@ class _TablePatches(Dataset[Sample]):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PseudoLabelPatches(_TablePatches):
     """Training patches by global sample index, which has no end: every epoch is a permutation of the table's rows.
 

@@ -22,7 +22,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PseudoLabels:
     """Equally long columns, one row per patch; in the file `class_` is called `class`.
 
