@@ -83,7 +83,7 @@ def load_into(network: nn.Module, package: Path | str, *, quiet: bool = False) -
         else:
             unexpected[key] = f"{list(weight.shape)} in the package, {list(place.shape)} in the network"
     sizes = {key: contents.state[key].numel() for key in contents.trained}
-    share = sum(sizes[key] for key in loaded) / sum(sizes.values())
+    share = sum(sizes[key] for key in loaded) / max(1, sum(sizes.values()))
     settings = _differing_settings(_unwrapped(network), contents)
     if share < NEEDED_SHARE:
         raise UserError(_refusal(package, _unwrapped(network), contents, share, settings, unexpected))
@@ -121,7 +121,7 @@ def _is_input_layer(weight: Tensor, place: Tensor, contents: Contents) -> bool:
     """Whether two convolutions differ in nothing but the number of image channels they read."""
     return (
         weight.ndim == place.ndim > 2
-        and weight.shape[1] == contents.network["kwargs"]["in_channels"]
+        and weight.shape[1] == contents.network["kwargs"].get("in_channels")
         and weight.shape[:1] == place.shape[:1]
         and weight.shape[2:] == place.shape[2:]
     )
