@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Before anything imports them: from here on their jaxtyping annotations are checked at every call.
@@ -13,11 +14,15 @@ install_import_hook(
         "genesis.models",
         "genesis.losses",
         "genesis.discovery",
+        "genesis.methods.supervised",
+        "genesis.data.labelled",
         "genesis.data.patches",
         "genesis.data.resample",
     ],
     "beartype.beartype",
 )
+
+torch.set_num_threads(1)  # tensors are tiny: more threads wait for each other, the longer the busier the machine
 
 
 @pytest.fixture(scope="session")

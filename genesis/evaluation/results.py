@@ -1,0 +1,128 @@
+"""What an experiment leaves for its reader: results.json, results.md, figures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..data.patches import window
+from ..engine.monitor import read_metrics
+from ..files import write_aside, write_json
+from ..viewing import finetuning
+from .arms import Experiment
+from .comparison import Estimate, Score, as_table, average, difference
+from .tasks import PICTURED, SegmentationTask, telling_slice
+
+
+def write_results(experiment: Experiment, scores: Sequence[Score], arms: Sequence[str]) -> None:
+    """Write results.json, results.md, figures/learning_curves.png and (segmentation) figures/predictions.png."""
+    folder, task = experiment.folder, experiment.task
+    counts = sorted({score.labels for score in scores})
+    first_seed = scores[0].seed
+    finetuning.learning_curves(
+        folder / "figures" / "learning_curves.png",
+        {labels: {arm: _curves(experiment, scores, arm, labels) for arm in arms} for labels in counts},
+        f"mean {task.metric.capitalize() if task.metric == 'dice' else 'AUC'}",
+    )
+    if isinstance(task, SegmentationTask):
+        shown = {
+            arm: next(s for s in scores if (s.arm, s.labels, s.seed) == (arm, counts[-1], first_seed))
+            for arm in reversed(arms)
+        }
+        finetuning.predictions(folder / "figures" / "predictions.png", _slices(experiment, task, shown), task.names)
+    write_json(folder / "results.json", _as_json(experiment, scores, arms, counts, first_seed))
+    with write_aside(folder / "results.md") as aside:
+        aside.write_text(_as_markdown(experiment, scores, arms, counts))
+
+
+def _curves(
+    experiment: Experiment, scores: Sequence[Score], arm: str, labels: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    curves = []
+    for score in scores:
+        if (score.arm, score.labels) == (arm, labels):
+            rows = read_metrics(experiment.sub_run(arm, labels, score.seed, score.learning_rate), "val")
+            values = [row.get(f"{experiment.task.metric}/mean", np.nan) for row in rows]
+            curves.append((np.array([row["step"] for row in rows]), np.array(values, dtype=float)))
+    return curves
+
+
+def _slices(experiment: Experiment, task: SegmentationTask, shown: dict[str, Score]) -> list[finetuning.Slice]:
+    predicted = {}
+    for arm, score in shown.items():
+        with np.load(experiment.sub_run(arm, score.labels, score.seed, score.learning_rate) / "slices.npz") as file:
+            predicted[arm] = dict(file)
+    slices = []
+    for meta in experiment.splits.test[:PICTURED]:
+        truth = task.truth(meta).numpy()
+        z = telling_slice(truth)
+        raw = task.store[meta.volume].read((slice(None), slice(None), slice(z, z + 1)))
+        slices.append(
+            finetuning.Slice(
+                title=f"test case {meta.volume[:8]}",
+                image=window(raw, meta, task.window_hu)[0, :, :, 0].numpy(),
+                spacing_mm=meta.spacing_mm[:2],
+                maps={"truth": truth[..., z], **{arm: maps[meta.volume] for arm, maps in predicted.items()}},
+            )
+        )
+    return slices
+
+
+def _as_json(
+    experiment: Experiment, scores: Sequence[Score], arms: Sequence[str], counts: Sequence[int], first_seed: int
+) -> dict[str, Any]:
+    names = ("mean", *experiment.task.names)
+
+    def rows(estimates: list[tuple[dict[str, Any], Estimate | None]]) -> list[dict[str, Any]]:
+        return [{**key, **asdict(estimate)} for key, estimate in estimates if estimate]
+
+    return {
+        "schema": 1,
+        "task": experiment.task.kind,
+        "metric": experiment.task.metric,
+        "cases": {split: len(metas) for split, metas in vars(experiment.splits).items()},
+        "scores": [asdict(score) for score in scores],
+        "summary": rows(
+            [
+                ({"labels": labels, "arm": arm, "class": name}, average(scores, arm, labels, name))
+                for labels in counts
+                for arm in arms
+                for name in names
+            ]
+        ),
+        "differences": rows(
+            [
+                ({"labels": labels, "class": name}, difference(scores, arms[0], arms[1], labels, name))
+                for labels in counts
+                for name in names
+                if len(arms) == 2
+            ]
+        ),
+        "learning_rates": [
+            {"labels": labels, "arm": arm, "validation_loss": experiment.rates(arm, labels, first_seed)}
+            for labels in counts
+            for arm in arms
+        ],
+    }
+
+
+def _as_markdown(experiment: Experiment, scores: Sequence[Score], arms: Sequence[str], counts: Sequence[int]) -> str:
+    task, splits, settings = experiment.task, experiment.splits, experiment.settings
+    judged = {
+        "dice": "Dice in percent, in each scan's own grid, mean ± sd over the seeds of the mean over the test cases",
+        "auc": "Area under the ROC curve in percent, each class against the rest, mean ± sd over the seeds",
+    }[task.metric]
+    parts = [
+        f"# Fine-tuning {experiment.package.name}: {task.kind}",
+        f"{judged} ({len(splits.test)} test cases, {len(splits.validation)} validation cases).",
+        as_table(scores, arms, task.names),
+        f"Every arm: {settings.steps} steps of {settings.batch_size}, the same cases, order and augmentations; its "
+        f"learning rate is the best of {', '.join(f'{r:g}' for r in settings.learning_rates)} on the validation cases.",
+    ]
+    if len(arms) == 2:
+        parts.append("Differences are paired by seed; one smaller than about twice sd / √pairs may well be chance.")
+    parts.append("![learning curves](figures/learning_curves.png)")
+    if isinstance(task, SegmentationTask):
+        parts.append(f"![predictions with {counts[-1]} labelled cases](figures/predictions.png)")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,253 @@
+"""Train on labelled scans from a weights package, against a control from scratch, and say what it was worth.
+
+    python -m genesis.finetune --data D/dataset.json --weights NAME --labels 5 20 --seeds 0 1 2
+
+The labelled scans come as a Decathlon or nnU-Net dataset.json, a CSV (image, label, optional patient_id, split, target)
+or a folder; without --data the labelled scans of the workspace's store (or of the sample cohort) are taken. They are
+split by patient into training, validation and test cases. Both arms, `pretrained` and `scratch`, get the same steps,
+cases, data order and augmentations; the learning rate of each is the best of `finetune.learning_rates` on the
+validation cases. Every trained model is judged once on the test cases, in each scan's own grid.
+
+Results are in runs/NAME: results.md, results.json, figures/, and the fine-tuned model for `genesis.predict` in model/.
+The same command again keeps what is finished and goes on with the rest.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .card import Card, read_card
+from .config import Config, FinetuneConfig, load_config, recipes
+from .data.phantom import write_sample_cohort
+from .data.store import VolumeMeta, VolumeStore
+from .engine.launch import launch
+from .errors import UserError
+from .evaluation.arms import PRETRAINED, SCRATCH, Experiment, Splits, split_cases
+from .evaluation.results import write_results
+from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
+from .files import read_json, sha256, write_aside, write_json
+from .models import build_described
+from .package import find_package
+from .prepare import prepare
+from .weights import load_into
+from .workspace import Workspace
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="PATH", help="labelled scans (default: the workspace's own labelled scans)")
+    parser.add_argument("--modality", choices=("ct", "mr", "xray"), help="of the scans (default: the package's)")
+    parser.add_argument("--channels", metavar="all|N|NAME", help="which channels of multi-channel scans to use")
+    parser.add_argument(
+        "--weights", metavar="PACKAGE", help="a weights package, by folder or name (default: the newest)"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("segmentation", "classification"),
+        default="segmentation",
+        help="what is labelled: voxels (default), or whole scans, by the column `target`",
+    )
+    parser.add_argument(
+        "--labels", nargs="+", default=["all"], metavar="N", help="labelled training cases used, for instance 5 20 all"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="a repetition each (default: --seed)")
+    parser.add_argument(
+        "--control", choices=(SCRATCH, "none"), default=SCRATCH, help="train the same from scratch (default), or not"
+    )
+    parser.add_argument("--run", metavar="NAME", help="name of the run (default: after the weights and the data)")
+
+
+def run(options: argparse.Namespace) -> None:
+    workspace = Workspace.at(options.workspace)
+    package = find_package(options.weights, workspace) if options.weights else _newest_package(workspace)
+    card = read_card(package)
+    store, data_name = _labelled_store(options, workspace, card)
+    config = _config(options, card, store.sample)
+    cases = _cases(store, options.task)
+    splits = split_cases(cases)
+    counts = _counts(options.labels, splits)
+    seeds = tuple(dict.fromkeys(options.seeds or [options.seed]))
+    arms = (PRETRAINED,) if options.control == "none" else (PRETRAINED, SCRATCH)
+    name = options.run or f"{package.stem}-on-{data_name}"
+    experiment = Experiment(
+        folder=workspace.runs / name,
+        task=_task(options.task, store, cases, card, config.finetune),
+        splits=splits,
+        package=package,
+        card=card,
+        in_channels=cases[0].shape[0],
+        settings=config.finetune,
+        device=launch(options.device).device,
+    )
+    _report_cases(cases, splits, card)
+    _load_once(experiment)
+    record = _open_run(experiment, config, options.seed)
+    scores = experiment.run(arms, counts, seeds)
+    write_results(experiment, scores, arms)
+    largest = [score for score in scores if (score.arm, score.labels) == (PRETRAINED, max(counts))]
+    experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
+    write_json(experiment.folder / "run.json", {**record, "status": "finished"})
+    print((experiment.folder / "results.md").read_text())
+    print(f"Results are in {experiment.folder}. Next: python -m genesis.predict --model {name} --data SCANS")
+
+
+def _newest_package(workspace: Workspace) -> Path:
+    cards = list(workspace.weights.glob("*/card.json"))
+    if not cards:
+        raise UserError(
+            f"There are no weights in {workspace.weights}; make them with python -m genesis.export, "
+            "or name a package with --weights."
+        )
+    return max(cards, key=lambda path: path.stat().st_mtime).parent
+
+
+def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Card) -> tuple[VolumeStore, str]:
+    """The store of the labelled scans, made if need be, and a name for it."""
+    if options.data is not None:
+        data = Path(options.data)
+        source, sample = data.resolve(), False
+        shown = source.parent.name if source.suffix == ".json" else source.stem
+        name = f"{shown}-{hashlib.blake2b(str(source).encode(), digest_size=4).hexdigest()}"
+    elif (workspace.store / "audit.json").is_file():
+        store = VolumeStore(workspace.store)
+        return store, "sample" if store.sample else "store"
+    else:
+        print("No --data and no store in the workspace: fine-tuning on the embedded sample cohort (phantoms).")
+        data, sample, name = workspace.sample / "dataset.json", True, "sample"
+        if not data.is_file():
+            write_sample_cohort(workspace.sample)
+    prepare(
+        data,
+        workspace.labelled(name),
+        workspace,
+        modality=options.modality or card.data.modality,
+        channels=options.channels,
+        sample=sample,
+        seed=options.seed,
+    )
+    return VolumeStore(workspace.labelled(name)), name
+
+
+def _config(options: argparse.Namespace, card: Card, sample: bool) -> Config:
+    dims = len(card.data.patch_size)
+    own = f"{card.pretraining.method}_{dims}d"
+    name = options.config or (own if own in recipes() else f"semantic_genesis_{dims}d")
+    config = load_config(name, options.overrides, sample=sample)
+    if config.spatial_dims != dims:
+        raise UserError(
+            f"The config {name} is {config.spatial_dims}D but the weights are {dims}D; pass another --config."
+        )
+    return config
+
+
+def _cases(store: VolumeStore, task: str) -> list[VolumeMeta]:
+    """The labelled cases of a store."""
+    if task == "classification":
+        cases = [meta for meta in store if meta.target is not None]
+        wanted = "a target (a whole number, as the column `target` of a CSV)"
+    else:
+        corner = (slice(0, 1),) * 3
+        cases = [meta for meta in store if meta.labelled and store[meta.volume].labels(corner) is not None]
+        wanted = "a label map"
+    if not cases:
+        raise UserError(f"None of the {len(store)} scans has {wanted}; pass --data with labelled scans.")
+    channels = sorted({meta.shape[0] for meta in cases})
+    if len(channels) > 1:
+        raise UserError(f"The labelled scans have {channels} channels; choose the same for all with --channels.")
+    return cases
+
+
+def _counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
+    """Numbers of training cases from `--labels`."""
+    there = len(splits.train)
+    others = f"besides {len(splits.validation)} for validation and {len(splits.test)} for test"
+    around = f"{there} labelled training cases ({others})"
+    if not splits.train or not splits.test:
+        raise UserError(
+            f"There are only {around}: label more, or say which are for training and test in a CSV's column `split`."
+        )
+    for text in labels:
+        if text != "all" and not (text.isdigit() and int(text) > 0):
+            raise UserError(f"--labels {text}: expected a number of cases, or all.")
+        if text != "all" and int(text) > there:
+            raise UserError(f"--labels {text}: there are {around}; ask for at most {there}, or all.")
+    return tuple(sorted({there if text == "all" else int(text) for text in labels}))
+
+
+def _task(kind: str, store: VolumeStore, cases: Sequence[VolumeMeta], card: Card, settings: FinetuneConfig) -> Task:
+    """Patches as in the package's card, unless the config says otherwise."""
+    patch_size = settings.patch_size or card.data.patch_size
+    spacing_mm = settings.spacing_mm or card.data.spacing_mm
+    window_hu = settings.window_hu or card.data.window_hu
+    if kind == "segmentation":
+        return SegmentationTask(
+            store, patch_size, spacing_mm, window_hu, settings.background_weight, settings.foreground_share
+        )
+    targets = tuple(sorted({meta.target for meta in cases if meta.target is not None}))
+    if len(targets) < 2:
+        raise UserError(f"All labelled scans have the target {targets[0]}; a classification needs at least two.")
+    return ClassificationTask(store, patch_size, spacing_mm, window_hu, targets)
+
+
+def _report_cases(cases: Sequence[VolumeMeta], splits: Splits, card: Card) -> None:
+    """Say how the cases are split; refuse test cases that pretraining has seen."""
+    print(
+        f"{len(cases)} labelled cases, split by patient: {len(splits.train)} for training, "
+        f"{len(splits.validation)} for validation, {len(splits.test)} for test."
+    )
+    moved = len(splits.validation) - sum(meta.split == "val" for meta in cases)
+    if moved:
+        print(f"Validation was topped up with {moved} cases from training.")
+    seen = card.pretraining.cohort
+    patients = {meta.patient for meta in splits.test}
+    leaked = {meta.patient for meta in splits.test if meta.patient in seen.patients or meta.volume in seen.volumes}
+    if leaked:
+        raise UserError(
+            f"{len(leaked)} of {len(patients)} test patients were seen in pretraining, for instance {min(leaked)}: "
+            "results on them would mean nothing. Pretrain with --exclude FILE, or give other test cases."
+        )
+    print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
+
+
+def _load_once(experiment: Experiment) -> None:
+    """Build the network and load the weights, before any time is spent on training, and print the report."""
+    network = experiment.card.network.model_dump(by_alias=True)
+    backbone = build_described(network, in_channels=experiment.in_channels, logits=len(experiment.task.outputs))
+    if wrong := [side for side in experiment.task.patch_size if side % backbone.stride]:
+        raise UserError(
+            f"finetune.patch_size {list(experiment.task.patch_size)}: the network takes sides that are multiples of "
+            f"{backbone.stride}, not {wrong[0]}."
+        )
+    load_into(backbone.network, experiment.package)
+
+
+def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, Any]:
+    """Begin the run, or go on with it. Raises `UserError` when it was begun with other data, weights or settings."""
+    task = experiment.task
+    record = {
+        "kind": "finetune",
+        "dim": f"{config.spatial_dims}d",
+        "method": task.kind,
+        "package": experiment.package.name,
+        "weights": sha256(experiment.package / "weights.safetensors"),
+        "modality": experiment.splits.train[0].modality,
+        "in_channels": experiment.in_channels,
+        "patch_size": list(task.patch_size),
+        "spacing_mm": task.spacing_mm and list(task.spacing_mm),
+        "window_hu": task.window_hu and list(task.window_hu),
+        "settings": config.finetune.model_dump(mode="json"),
+        "cases": {split: [meta.volume for meta in metas] for split, metas in vars(experiment.splits).items()},
+    }
+    path = experiment.folder / "run.json"
+    if path.is_file():
+        earlier = read_json(path)
+        if changed := [name for name in record if earlier.get(name) != record[name]]:
+            raise UserError(
+                f"The run {experiment.folder.name} has another {changed[0]}; pass --run NAME to begin a new one."
+            )
+    with write_aside(experiment.folder / "config.yaml") as aside:
+        aside.write_text(config.dump())
+    record |= {"seed": seed, "status": "running"}
+    write_json(path, record)
+    return record

@@ -1,0 +1,93 @@
+"""Pictures of fine-tuning: how each arm learned, and what it predicts on test cases."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ..files import write_aside
+
+ARM_COLOURS = ("tab:blue", "tab:orange")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """An axial slice of a test case: arrays (x, y) in RAS+, `image` in [0, 1], label maps as class indices."""
+
+    title: str
+    image: np.ndarray
+    spacing_mm: tuple[float, float]
+    maps: Mapping[str, np.ndarray]  # by column: the truth, then each arm
+
+
+def learning_curves(
+    path: Path, curves: Mapping[int, Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]], metric: str
+) -> None:
+    """One panel per number of labelled cases: the validation metric of each arm over the steps.
+
+    curves: labels → arm → one (steps, values) per seed; a thin line each, and their mean as a thick one.
+    """
+    figure = Figure(figsize=(1.2 + 4.2 * len(curves), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for panel, (labels, arms) in zip(panels, curves.items(), strict=True):
+        for colour, (arm, seeds) in zip(ARM_COLOURS, arms.items(), strict=False):
+            for steps, values in seeds:
+                panel.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
+            panel.plot(
+                seeds[0][0], np.mean([values for _, values in seeds], axis=0), color=colour, linewidth=2.2, marker="o",
+                markersize=3, label=f"{arm} (mean of {len(seeds)})" if len(seeds) > 1 else arm,
+            )  # fmt: skip
+        panel.set(title=f"{labels} labelled cases", xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right", fontsize=9)
+    panels[0].set_ylabel(f"{metric} on the validation cases")
+    _save(figure, path)
+
+
+def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str]) -> None:
+    """One row per test case: image, truth, and the prediction of each arm, classes in the same colours throughout."""
+    columns = ["image", *slices[0].maps]
+    colours = _colours(len(names))
+    figure = Figure(
+        figsize=(2.7 * len(columns), 2.8 * len(slices) + 0.3 + 0.25 * -(-len(names) // 5)), layout="constrained"
+    )
+    rows = figure.subplots(len(slices), len(columns), squeeze=False)
+    for row, case in zip(rows, slices, strict=True):
+        for panel, column in zip(row, columns, strict=True):
+            _show(panel, case, case.maps.get(column), colours)
+        row[0].set_ylabel(case.title, fontsize=9)
+    for panel, column in zip(rows[0], columns, strict=True):
+        panel.set_title(column)
+    handles = [Patch(color=colours(index + 1), label=name) for index, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def _show(panel: Axes, case: Slice, labels: np.ndarray | None, colours: ListedColormap) -> None:
+    """Radiological view: the patient's right on the left, anterior up."""
+    aspect = case.spacing_mm[1] / case.spacing_mm[0]
+    panel.imshow(case.image[::-1, ::-1].T, cmap="gray", vmin=0, vmax=1, aspect=aspect)
+    if labels is not None:
+        shown = np.ma.masked_equal(labels[::-1, ::-1].T, 0)
+        panel.imshow(
+            shown, cmap=colours, vmin=0, vmax=colours.N - 1, aspect=aspect, interpolation="nearest", alpha=0.75
+        )
+    panel.set(xticks=[], yticks=[])
+
+
+def _colours(classes: int) -> ListedColormap:
+    """Index 0, the background, is never drawn."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10"](range(classes)) if classes <= 10 else colormaps["turbo"](np.linspace(0, 1, classes))
+    return ListedColormap([(0, 0, 0, 0), *palette])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")
