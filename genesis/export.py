@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
             metrics={key: value if math.isfinite(value) else None for key, value in checkpoint["metrics"].items()},
             cohort=CohortCard.model_validate(record["cohort"]),
         ),
+        trained=("encoder", "decoder") if config.method.lambda_rec else ("encoder",),
     )
     size = sum(parameter.numel() for parameter in backbone.network.parameters())
     print(f"Exported {folder.name}, {options.checkpoint} checkpoint (step {checkpoint['step']}):")

@@ -82,6 +82,14 @@ def test_run_name_and_checkpoint_can_be_chosen(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 
 
+def test_without_restoration_only_the_encoder_is_trained(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "first")
+    config = tmp_path / "runs" / "first" / "config.yaml"
+    config.write_text(config.read_text().replace("lambda_rec: 1.0", "lambda_rec: 0.0"))
+    export(tmp_path)
+    assert read_card(tmp_path / "weights" / "first").trained == ("encoder",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
