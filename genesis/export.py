@@ -5,12 +5,13 @@ encoder and decoder; loading it needs MONAI only. The newest run is taken unless
 """
 
 import argparse
-import math
+from pathlib import Path
 from typing import Any
 
 from .card import CohortCard, DataCard, PretrainingCard
 from .config import Config, load_config
 from .engine.checkpoint import read_checkpoint
+from .engine.monitor import read_metrics
 from .errors import UserError
 from .files import read_json
 from .models import build_backbone
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             method=record["method"],
             steps=checkpoint["step"],
             seed=record["seed"],
-            metrics={key: value if math.isfinite(value) else None for key, value in checkpoint["metrics"].items()},
+            metrics=_metrics(folder, checkpoint["step"]),
             cohort=CohortCard.model_validate(record["cohort"]),
         ),
         trained=("encoder", "decoder") if config.method.lambda_rec else ("encoder",),
@@ -86,3 +87,9 @@ def _data_card(config: Config, record: dict[str, Any]) -> DataCard:
         spacing_mm=record["spacing_mm"],
         patch_size=config.data.patch_size,
     )
+
+
+def _metrics(folder: Path, step: int) -> dict[str, float | None]:
+    """Figures of the held-out patients at that step; none when training was interrupted there."""
+    row = next((row for row in read_metrics(folder, "val") if row["step"] == step), {})
+    return {name: value for name, value in row.items() if name not in ("step", "split")}

@@ -1,5 +1,6 @@
 """A run becomes a package that loads, or one is told why not."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ def write_run(folder: Path, seed: int = 0, **record: Any) -> Backbone:
     """A run as `train` leaves it, with different networks in its best and last checkpoint; returns the best's."""
     torch.manual_seed(seed)
     best, last = (build_backbone("unet", spatial_dims=3, in_channels=2, out_channels=2, **NETWORK) for _ in range(2))
+    rows = []
     for name, backbone, step in (("best", best, 40), ("last", last, 60)):
         method = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
         method |= {"head.linear.weight": torch.zeros(3, 8), "calibration.linear.bias": torch.zeros(2)}
-        metrics = {"loss": 0.25, "accuracy": float("nan")}
-        write_checkpoint(folder / "checkpoints" / f"{name}.pt", {"step": step, "metrics": metrics, "method": method})
+        write_checkpoint(folder / "checkpoints" / f"{name}.pt", {"step": step, "method": method})
+        rows += [{"step": step, "split": split, "loss": step / 100, "accuracy": None} for split in ("train", "val")]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
         f"network.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in NETWORK.items()
     ]
@@ -67,7 +70,7 @@ def test_the_newest_run_becomes_a_package(tmp_path: Path, capsys: pytest.Capture
     assert card.data.spacing_mm == (1, 1, 2)
     assert card.data.patch_size == (64, 64, 32)
     assert (card.pretraining.steps, card.pretraining.seed) == (40, 7)
-    assert card.pretraining.metrics == {"loss": 0.25, "accuracy": None}
+    assert card.pretraining.metrics == {"loss": 0.4, "accuracy": None}
     assert card.pretraining.cohort.volumes == ("p-0", "p-1")
     lines = capsys.readouterr().out.splitlines()
     assert "best checkpoint (step 40)" in lines[0]
@@ -78,7 +81,8 @@ def test_run_name_and_checkpoint_can_be_chosen(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "first")
     write_run(tmp_path / "runs" / "second", seed=1)
     export(tmp_path, "--run", "first", "--name", "mine", "--checkpoint", "last")
-    assert read_card(tmp_path / "weights" / "mine").pretraining.steps == 60
+    pretraining = read_card(tmp_path / "weights" / "mine").pretraining
+    assert (pretraining.steps, pretraining.metrics["loss"]) == (60, 0.6)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["mine"]
 
 
