@@ -1,5 +1,6 @@
 """Pretrained weights for your network: `load_pretrained(package)`, or `load_into(network, package)` with a report."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class LoadReport:
         count = len(self.matched) + len(self.adapted)
         return "\n".join(
             (
-                f"Loaded {self.share:.1%} of the trained weights of {self.package} ({count} tensors).",
+                f"Loaded {math.floor(1000 * self.share) / 10}% of the trained weights of {self.package} ({count} tensors).",
                 *_some("adapted", (f"{key}: {change}" for key, change in self.adapted.items())),
                 *_some("not loaded", (f"{key}: {why}" for key, why in self.unexpected.items())),
                 *_some("not in the package, left as they were", self.missing),
@@ -94,7 +95,7 @@ def load_into(network: nn.Module, package: Path | str, *, quiet: bool = False) -
     if not contents.output_trained:
         output = "left as it was, the package's is not trained"
     elif blocked:
-        output = "left as it was, the package's has another number of channels"
+        output = f"left as it was, the package's does not fit ({blocked[0]})"
     else:
         output = "loaded"
         loaded |= {key: contents.state[key] for key in contents.output}

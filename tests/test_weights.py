@@ -148,7 +148,7 @@ def test_other_outputs_keep_the_networks_own_output_layer(package: Path, source:
     before = snapshot(network)
     report = load_into(network, package, quiet=True)
     assert report.share == 1
-    assert report.output == "left as it was, the package's has another number of channels"
+    assert report.output == "left as it was, the package's does not fit (model.2.0.conv.weight)"
     state, other = network.state_dict(), source.state_dict()
     output = {*read_card(package).keys.output}
     for key in state:
@@ -197,6 +197,7 @@ def test_a_partial_match_is_reported(package: Path, source: UNet) -> None:
     report = load_into(network, package, quiet=True)
     assert 0.99 < report.share < 1
     assert report.unexpected["model.0.conv.unit0.adn.A.weight"] == "the network has no such weight"
+    assert "Loaded 99.9% of" in str(report)
     assert "not loaded: model.0.conv.unit0.adn.A.weight" in str(report)
 
 
