@@ -44,9 +44,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         count = len(self.matched) + len(self.adapted)
+        percent = math.floor(1000 * self.share) / 10  # 100 only when all are
         return "\n".join(
             (
-                f"Loaded {math.floor(1000 * self.share) / 10}% of the trained weights of {self.package} ({count} tensors).",
+                f"Loaded {percent}% of the trained weights of {self.package} ({count} tensors).",
                 *_some("adapted", (f"{key}: {change}" for key, change in self.adapted.items())),
                 *_some("not loaded", (f"{key}: {why}" for key, why in self.unexpected.items())),
                 *_some("not in the package, left as they were", self.missing),
