@@ -1,0 +1,233 @@
+"""File formats → physical values and an affine in RAS mm. Geometry is judged in scans.py, DICOM read in dicom.py.
+
+Nothing here trusts a header: sizes are compared with the file before memory is taken, and no message of a library is
+passed on, for they name files.
+"""
+
+import gzip
+import logging
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, ImageDataError
+
+NIFTI = (".nii", ".nii.gz")
+MGH = (".mgz", ".mgh")
+ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURE = (".png", ".jpg", ".jpeg")
+SUFFIXES = NIFTI + MGH + ITK + PICTURE
+
+MAX_VOXELS = 2**31  # 8 GiB as float32; the largest clinical volumes have 2**30
+DEFLATE_RATIO = 1040  # deflate cannot shrink anything further
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+# Complaints about headers go to the audit, not to the terminal.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
+class Quarantine(Exception):
+    """A scan that cannot be used; its text is a reason that a radiology researcher understands, without file names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """What a file holds.
+
+    array: (C, x, y, z) physical values, C > 1 for time points, directions or channels alike.
+    affine: 4×4, voxel → RAS mm.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    patient: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def suffix(path: Path) -> str:
+    """The known suffix of a file name in lower case (".nii.gz" is one), else ""."""
+    name = path.name.lower()
+    return max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
+
+
+def read_file(path: Path) -> Raw:
+    """Read a NIfTI, MGZ, NRRD, MetaImage, PNG or JPEG file; raises `Quarantine`."""
+    kind = suffix(path)
+    if not path.is_file():
+        raise Quarantine("the file is missing")
+    if path.stat().st_size == 0:
+        raise Quarantine("the file is empty")
+    try:
+        if kind in NIFTI + MGH:
+            return _nibabel(path)
+        if kind in ITK:
+            return _itk(path)
+        if kind in PICTURE:
+            return _picture(path)
+    except MemoryError:
+        raise Quarantine("it does not fit into memory") from None
+    except (OSError, EOFError, zlib.error, ValueError, RuntimeError, ArithmeticError, KeyError, HeaderDataError,
+            ImageDataError, ImageFileError):  # fmt: skip
+        raise Quarantine(f"damaged, cut off, or not a {kind} file") from None
+    raise Quarantine(f"files of type {path.suffix or 'unknown'} are not read")
+
+
+def rescaled(raw: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """raw × slope + intercept: integers stay integers where the result is exact, anything else becomes float32."""
+    if raw.dtype.kind in "iu" and slope == 1 and intercept == round(intercept):
+        wide = np.int32 if raw.dtype.itemsize <= 2 and abs(intercept) < 2**30 else np.int64
+        return raw if intercept == 0 else smallest(np.add(raw, int(intercept), dtype=wide))
+    if (slope, intercept) == (1, 0):
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and counted as such
+            return raw.astype(np.float32, copy=False)
+    # One plane at a time: as a whole, float64 would be the largest array of all.
+    scaled = np.empty(raw.shape, np.float32, order="F" if raw.flags.f_contiguous else "C")
+    planes = (-1,) if raw.flags.f_contiguous else (0,)
+    for source, target in zip(np.moveaxis(raw, planes, (0,)), np.moveaxis(scaled, planes, (0,)), strict=True):
+        target[...] = source * float(slope) + float(intercept)
+    return scaled
+
+
+def smallest(array: np.ndarray) -> np.ndarray:
+    """Integers as int16, uint16 or int32 where they fit."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    for dtype in (np.int16, np.uint16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype, copy=False)
+    return array
+
+
+def check_size(shape: tuple[int, ...], voxel_bytes: int, stored_bytes: int | None, compressed: bool) -> None:
+    """Refuse a header that announces more voxels than are plausible, or than the file can hold."""
+    voxels = math.prod(shape)
+    size = " × ".join(map(str, shape))
+    if min(shape, default=0) < 1:
+        raise Quarantine(f"the header announces a volume without voxels ({size})")
+    if voxels > MAX_VOXELS:
+        raise Quarantine(f"the header announces {size} voxels, more than any scan has")
+    if stored_bytes is not None and voxels * voxel_bytes > stored_bytes * (DEFLATE_RATIO if compressed else 1):
+        raise Quarantine(f"the header announces {size} voxels, more than the file holds; the file is cut off")
+
+
+def _nibabel(path: Path) -> Raw:
+    image = nib.load(path)
+    header = image.header
+    dtype = header.get_data_dtype()
+    if dtype.fields:
+        raise Quarantine("colour (RGB) instead of intensities")
+    if dtype.kind == "c":
+        raise Quarantine("complex values; export the magnitude image")
+    shape = tuple(int(side) for side in image.shape)
+    shape += (1,) * (3 - len(shape))
+    check_size(shape, dtype.itemsize, path.stat().st_size, suffix(path) in (".nii.gz", ".mgz"))
+    notes: list[str] = []
+    affine = np.array(image.affine, dtype=np.float64)
+    if isinstance(header, nib.Nifti1Header):
+        _check_nifti_spacing(path, type(header), shape)
+        affine[:3] *= {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
+        if header["qform_code"] == 0 and header["sform_code"] == 0:
+            notes.append("the header gives no orientation; axes are taken to run left, anterior, superior")
+    raw = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape)
+    array = rescaled(raw.astype(raw.dtype.newbyteorder("="), copy=False), image.dataobj.slope, image.dataobj.inter)
+    return Raw(_channels_first(array), affine, notes=tuple(notes))
+
+
+def _check_nifti_spacing(path: Path, header_class: type[nib.Nifti1Header], shape: tuple[int, ...]) -> None:
+    """nibabel replaces zero and negative spacings silently: look at the header as it is."""
+    with gzip.open(path) if suffix(path) == ".nii.gz" else path.open("rb") as stream:
+        pixdim = header_class.from_fileobj(stream, check=False)["pixdim"][1:4]
+    if any(side > 1 and not (step > 0 and math.isfinite(step)) for side, step in zip(shape, pixdim, strict=False)):
+        raise Quarantine(f"voxel size {' × '.join(f'{step:g}' for step in pixdim)} mm in the header")
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """(x, y, z, …) → (C, x, y, z), where at most one of the further axes has more than one entry."""
+    further = [side for side in array.shape[3:] if side > 1]
+    if len(further) > 1:
+        raise Quarantine(f"{array.ndim}D data ({' × '.join(map(str, array.shape))}); split it into volumes")
+    return np.moveaxis(array.reshape(*array.shape[:3], math.prod(further)), 3, 0)
+
+
+def _itk(path: Path) -> Raw:
+    stored = path
+    if suffix(path) in (".mhd", ".nhdr", ".mha"):
+        stored = _data_file(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    components, pixel = reader.GetNumberOfComponents(), sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    if "complex" in pixel:
+        raise Quarantine("complex values; export the magnitude image")
+    if components in (3, 4) and "8-bit unsigned" in pixel:
+        raise Quarantine("colour (RGB) instead of intensities")
+    dims = reader.GetDimension()
+    voxel_bytes = int(bits[1]) // 8 * components if (bits := re.search(r"(\d+)-bit", pixel)) else 1
+    check_size(reader.GetSize(), voxel_bytes, stored.stat().st_size, compressed=True)
+    image = reader.Execute()
+    array = sitk.GetArrayFromImage(image)
+    if components == 1:
+        array = array[..., None]
+    array = array.transpose(*reversed(range(dims)), dims)  # (…, y, x, c) → (x, y, …, c)
+    if dims == 2:
+        array = array[:, :, None]
+    array = smallest(array) if array.dtype.kind in "iu" else rescaled(array, 1, 0)
+    return Raw(_channels_first(array), itk_affine(image))
+
+
+def _data_file(path: Path) -> Path:
+    """The file with the voxels of a MetaImage or NRRD header; refuses spacings that ITK silently changes."""
+    with path.open("rb") as stream:
+        text = stream.read(65536).split(b"LOCAL")[0].decode("latin-1")
+    fields = {
+        key.strip().lower(): value.strip()
+        for key, _, value in (re.sub(r"[:=]", "\0", line, count=1).partition("\0") for line in text.splitlines())
+    }
+    for step in fields.get("elementspacing", "").split():
+        if not float(step) > 0:
+            raise Quarantine(f"voxel size {fields['elementspacing'].replace(' ', ' × ')} mm in the header")
+    name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile")
+    if not name or name.upper() == "LOCAL":
+        return path
+    stored = path.parent / name
+    if not stored.is_file():
+        raise Quarantine("the header's data file is missing, or the voxels are spread over several files")
+    return stored
+
+
+def itk_affine(image: sitk.Image) -> np.ndarray:
+    """4×4 voxel → RAS mm of the first three axes of an ITK image, whose world is LPS."""
+    dims = image.GetDimension()
+    direction = np.array(image.GetDirection()).reshape(dims, dims)[:3, :3]
+    affine = np.eye(4)
+    sides = min(dims, 3)
+    affine[:sides, :sides] = direction * image.GetSpacing()[:sides]
+    affine[:sides, 3] = image.GetOrigin()[:sides]
+    return LPS_TO_RAS @ affine
+
+
+def _picture(path: Path) -> Raw:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    check_size(reader.GetSize(), reader.GetNumberOfComponents(), path.stat().st_size, compressed=True)
+    array = grey(sitk.GetArrayFromImage(reader.Execute()))
+    # As ITK has it, columns run to the patient's left and rows to the back or down. A resolution in the file is the
+    # screen's or the printer's, not the patient's.
+    return Raw(smallest(array.T[None, :, :, None]), LPS_TO_RAS, notes=("no physical pixel size; 1 mm assumed",))
+
+
+def grey(array: np.ndarray) -> np.ndarray:
+    """(rows, columns[, channels]) → (rows, columns); refuses colour. The last of 2 or 4 channels is opacity."""
+    if array.ndim == 2:
+        return array
+    colours = array[..., : array.shape[-1] - (array.shape[-1] in (2, 4))]
+    if (colours != colours[..., :1]).any():
+        raise Quarantine("colour instead of intensities")
+    return colours[..., 0]

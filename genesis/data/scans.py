@@ -1,0 +1,162 @@
+"""Read one scan of any format, in RAS+, and write label maps back onto the grid it came from."""
+
+import gzip
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from ..files import write_aside
+from .dicom import is_dicom, read_series
+from .formats import Quarantine, Raw, read_file, suffix
+
+__all__ = ["Quarantine", "Scan", "read_label_map", "read_scan", "write_label_map"]
+
+SHEAR = 0.01  # largest cosine between two axes; 0.6°
+SPACING_MM = (0.01, 100.0)  # beyond it a voxel size is a mistake
+NON_FINITE = 0.01  # the share of NaN and infinite voxels above which a scan is refused
+MISPLACED = 0.5  # how far, in voxels, the corners of a label map may lie from those of its image
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A scan with physical values, axes as close to right, anterior, superior as permutation and flips bring them.
+
+    array: (C, x, y, z); slope and intercept applied once, integers where that is exact, else float32.
+    affine: 4×4, voxel of `array` → RAS mm.
+    orientation: of the source's axes, as nibabel has it; `source_shape` and `source_affine` are the file's own.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    orientation: np.ndarray
+    source_shape: tuple[int, int, int]
+    source_affine: np.ndarray
+    patient: str | None
+    notes: tuple[str, ...]
+
+
+def read_scan(path: Path | Sequence[Path], channels: str | int | None = None) -> Scan:
+    """Read a scan. Raises `Quarantine` with a reason.
+
+    `path`: a file, a folder with one DICOM series, or several files: those of a DICOM series, or one per channel.
+    `channels`: of a file with several ("all", or a number from 0); without it such a file is refused, because time
+    points and diffusion directions look the same.
+    """
+    scan = _oriented(_read(path, channels))
+    array, notes = scan.array, scan.notes
+    if array.dtype.kind == "f":
+        array, filled = _fill_non_finite(array)
+        notes += filled
+    if array.min() == array.max():
+        raise Quarantine(f"every voxel has the value {array.min():g}")
+    return Scan(**{**vars(scan), "array": array, "notes": notes})
+
+
+def read_label_map(path: Path, like: Scan) -> np.ndarray:
+    """The label map (x, y, z), uint8 or uint16, on the grid of `like.array`; `Quarantine` when it does not fit it."""
+    scan = _oriented(_read(path, "all"))
+    labels = scan.array[0]
+    if len(scan.array) > 1:
+        raise Quarantine(f"the label map has {len(scan.array)} channels; one was expected")
+    if labels.shape != like.array.shape[1:]:
+        sizes = (" × ".join(map(str, shape)) for shape in (labels.shape, like.array.shape[1:]))
+        raise Quarantine("the label map has {} voxels, its image {}".format(*sizes))
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * (*labels.shape, 1)
+    apart = float(np.linalg.norm(corners @ (scan.affine - like.affine).T, axis=1).max())
+    if apart > MISPLACED * min(like.spacing_mm):
+        raise Quarantine(f"the label map lies {apart:.1f} mm away from its image")
+    low, high = labels.min(), labels.max()
+    if not (low >= 0 and high <= 65535 and (labels.dtype.kind in "iu" or (labels == np.rint(labels)).all())):
+        raise Quarantine(f"the label map holds values that are no labels (from {low:g} to {high:g})")
+    return labels.astype(np.uint8 if high <= 255 else np.uint16)
+
+
+def write_label_map(path: Path, labels: np.ndarray, like: Scan) -> None:
+    """Write labels (x, y, z) on the grid of `like.array` as NIfTI on the grid, and in the axes, of its source."""
+    if suffix(path) not in (".nii", ".nii.gz"):
+        raise ValueError(f"{path.name}: label maps are written as .nii or .nii.gz")
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), like.orientation)
+    source = nib.orientations.apply_orientation(labels, back)
+    if source.shape != like.source_shape:
+        raise ValueError(f"labels of shape {labels.shape} do not fit a scan of {like.array.shape[1:]}")
+    image = nib.Nifti1Image(source.astype(np.uint8 if source.max(initial=0) <= 255 else np.uint16), like.source_affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(like.source_affine, code=1)
+    image.set_sform(like.source_affine, code=1)
+    content = image.to_bytes()
+    with write_aside(path) as aside:
+        aside.write_bytes(gzip.compress(content, 6, mtime=0) if path.name.lower().endswith(".gz") else content)
+
+
+def _read(path: Path | Sequence[Path], channels: str | int | None) -> Raw:
+    files = _files(path)
+    raws = [read_series(files)] if is_dicom(files[0]) else [read_file(file) for file in files]
+    raw = raws[0]
+    if len(raws) > 1:
+        for other in raws[1:]:
+            if other.array.shape != raw.array.shape or not np.allclose(other.affine, raw.affine, atol=1e-2):
+                raise Quarantine("the channels of the case do not lie on one grid")
+        notes = tuple(dict.fromkeys(note for other in raws for note in other.notes))
+        return Raw(np.concatenate([other.array for other in raws]), raw.affine, raw.patient, notes)
+    count = len(raw.array)
+    if count == 1 or channels == "all":
+        return raw
+    if channels is None:
+        raise Quarantine(
+            f"{count} volumes in one file (channels, time points or directions); if they are channels, choose with "
+            f"--channels all or --channels N, N from 0 to {count - 1}"
+        )
+    if not isinstance(channels, int) or not 0 <= channels < count:
+        raise Quarantine(f"channel {channels} was asked for; the file has {count}, counted from 0")
+    return Raw(raw.array[channels : channels + 1], raw.affine, raw.patient, raw.notes)
+
+
+def _files(path: Path | Sequence[Path]) -> list[Path]:
+    if not isinstance(path, Path):
+        return list(path)
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)]
+    if not files:
+        raise Quarantine("a folder without DICOM files")
+    return files
+
+
+def _oriented(raw: Raw) -> Scan:
+    """Judge the geometry, then permute and flip the axes to RAS+."""
+    affine = raw.affine
+    columns = affine[:3, :3]
+    steps = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(affine).all():
+        raise Quarantine("the position or orientation in the header is not a number (NaN or infinite affine)")
+    if steps.min() < SPACING_MM[0] or steps.max() > SPACING_MM[1]:
+        raise Quarantine(f"a voxel of {' × '.join(f'{step:g}' for step in steps)} mm cannot be")
+    cosines = np.abs((columns / steps).T @ (columns / steps) - np.eye(3))
+    if cosines.max() > SHEAR:
+        angle = math.degrees(math.asin(min(cosines.max(), 1.0)))
+        raise Quarantine(
+            f"the axes are not perpendicular, by {angle:.1f}° (sheared affine, tilted gantry); resample it first"
+        )
+    orientation = nib.orientations.io_orientation(affine)
+    shape = raw.array.shape[1:]
+    array = np.stack([nib.orientations.apply_orientation(channel, orientation) for channel in raw.array])
+    affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    x, y, z = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
+    return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.notes)
+
+
+def _fill_non_finite(array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    finite = np.isfinite(array)
+    bad = array.size - int(np.count_nonzero(finite))
+    if bad == 0:
+        return array, ()
+    share = bad / array.size
+    if share > NON_FINITE:
+        raise Quarantine(f"{share:.1%} of the voxels are not numbers (NaN or infinite)")
+    array = np.where(finite, array, array.min(where=finite, initial=np.inf))
+    return array, (f"{bad} voxels that were not numbers (NaN or infinite) filled with the minimum",)
