@@ -74,6 +74,12 @@ class MethodConfig(_Section):
     classify: Literal["corrupted", "clean"]
     corruption: CorruptionConfig
 
+    @model_validator(mode="after")
+    def _learns(self) -> "MethodConfig":
+        if not self.lambda_rec and not self.lambda_cls:
+            raise ValueError("lambda_rec and lambda_cls are both 0: nothing would be learned")
+        return self
+
 
 class OptimizerConfig(_Section):
     name: Literal["adam", "adamw", "sgd"]
@@ -84,6 +90,12 @@ class OptimizerConfig(_Section):
     step_size: PositiveInt | None = None  # schedule step: halve (gamma) every so many steps
     gamma: PositiveFloat | None = None
     clip_norm: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> "OptimizerConfig":
+        if self.schedule == "step" and (self.step_size is None or self.gamma is None):
+            raise ValueError("schedule step needs step_size and gamma")
+        return self
 
 
 class TrainConfig(_Section):
@@ -201,10 +213,11 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], overlay: dict[str, Any]) -> None:
+    """Replace values that are there; a size that a recipe does not have (another network's channels) is not added."""
     for key, value in overlay.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)
-        else:
+        elif key in tree:
             tree[key] = value
 
 
@@ -231,4 +244,5 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{where} is missing."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {first['input']!r})." if where else f"{message}."
+    got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return f"{where}: {message}{got}." if where else f"{message}."

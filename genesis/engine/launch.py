@@ -28,11 +28,6 @@ def launch(device: str) -> "Fabric":
     return fabric
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
 def worker_count(workers: int | str) -> int:
     """Data loading processes of each training process; "auto": half of its cores, at most 8, none of two or fewer."""
     if not isinstance(workers, str):
