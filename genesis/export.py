@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
             metrics=_metrics(folder, checkpoint["step"]),
             cohort=CohortCard.model_validate(record["cohort"]),
         ),
-        trained=("encoder", "decoder") if config.method.lambda_rec else ("encoder",),
+        trained=tuple(record["trained"]),
     )
     size = sum(parameter.numel() for parameter in backbone.network.parameters())
     print(f"Exported {folder.name}, {options.checkpoint} checkpoint (step {checkpoint['step']}):")
