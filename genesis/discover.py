@@ -1,0 +1,273 @@
+"""Self-discovery: find similar patients and the same anatomy in them, and write that down as pseudo-labels.
+
+    python -m genesis.discover --data SCANS --modality ct
+    python -m genesis.discover                     (no data yet: on an embedded sample cohort)
+
+An autoencoder learns what whole scans look like; patients with close latents are neighbours. Places that cover a
+reference patient's body are carried to its neighbours, by default matched to each neighbour's own anatomy, and patches
+at one place share a pseudo-label. Results are in discovery/3d (or 2d) of the workspace: pseudo_labels.csv, quality.json
+and figures/ to judge them by, the autoencoder and its latents. With --data the scans are first read into the store.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from .cli import add_dim_argument
+from .config import Config, DiscoveryConfig, load_config
+from .data.patches import Endless, WholeVolumes, resolve_spacing
+from .data.phantom import write_sample_cohort
+from .data.store import VolumeMeta, VolumeStore
+from .discovery.anchors import Anchor, choose_anchors
+from .discovery.classes import Neighbour, make_classes
+from .discovery.latents import Reconstruction, effective_rank, encode
+from .discovery.neighbours import nearest_patients
+from .discovery.quality import measure
+from .engine.launch import launch
+from .engine.optimizer import OptimizerSettings
+from .engine.trainer import fit
+from .errors import UserError
+from .files import sha256, write_folder_aside, write_json
+from .prepare import prepare
+from .progress import progress
+from .seeding import key
+from .viewing.discovery import draw_anchors, draw_classes
+from .workspace import Workspace
+
+SLICES = 16  # axial slices per volume on which the 2D autoencoder is trained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_dim_argument(parser)
+    parser.add_argument("--data", metavar="PATH", help="scans to read first: a folder, a CSV, or a dataset.json")
+    parser.add_argument("--modality", choices=("ct", "mr", "xray"), help="of the scans in --data")
+    parser.add_argument("--channels", metavar="all|N|NAME", help="which channels of multi-channel scans to use")
+    parser.add_argument("--exclude", metavar="FILE", help="patients never to be seen, one per line")
+
+
+def run(options: argparse.Namespace) -> None:
+    workspace = Workspace.at(options.workspace)
+    _prepare(options, workspace)
+    store = VolumeStore(workspace.store)
+    config = load_config(options.config or f"semantic_genesis_{options.dim}", options.overrides, sample=store.sample)
+    if options.dim != f"{config.spatial_dims}d":
+        raise UserError(f"The config is {config.spatial_dims}D, but --dim is {options.dim}; pass --dim to match it.")
+    train, held_out = store.select("train"), store.select("val")
+    _check_cohort(train, held_out, config.spatial_dims)
+    spacing = resolve_spacing(config.data, train)
+    folder = workspace.discovery(config.spatial_dims)
+    with write_folder_aside(folder) as aside:
+        record = _discover(store, train, held_out, config, spacing, aside, options)
+    print(
+        f"{record['classes']} classes, {record['rows']} patches of {record['patients']} patients. "
+        f"Look at {folder / 'figures' / 'classes.png'}: each row should show the same anatomy.\n"
+        f"Pseudo-labels are in {folder}. Next: python -m genesis.train --dim {options.dim}"
+    )
+
+
+def _prepare(options: argparse.Namespace, workspace: Workspace) -> None:
+    """Read `--data` into the store; without it, and without a store, make the sample cohort."""
+    if options.data is not None:
+        prepare(
+            Path(options.data),
+            workspace.store,
+            workspace,
+            modality=options.modality,
+            channels=options.channels,
+            exclude=options.exclude,
+            seed=options.seed,
+        )
+    elif not (workspace.store / "audit.json").is_file():
+        print(f"No --data and no store in {workspace.root}: making a sample cohort of phantoms in {workspace.sample}.")
+        data = write_sample_cohort(workspace.sample, seed=options.seed)
+        prepare(data, workspace.store, workspace, modality="ct", sample=True, seed=options.seed)
+
+
+def _check_cohort(train: Sequence[VolumeMeta], held_out: Sequence[VolumeMeta], spatial_dims: int) -> None:
+    if len({meta.patient for meta in train}) < 2:
+        raise UserError(f"There are {len(train)} training volumes; self-discovery needs at least two patients.")
+    if not held_out:
+        raise UserError("No patient is held out for validation; add scans, or give a CSV with a column `split`.")
+    for what, values in (
+        ("modalities", {meta.modality for meta in train}),
+        ("numbers of channels", {meta.shape[0] for meta in train}),
+    ):
+        if len(values) > 1:
+            raise UserError(f"The store mixes {what} {sorted(values)}; use a workspace for each, or see --channels.")
+    if spatial_dims == 3 and all(meta.shape[3] == 1 for meta in train):
+        raise UserError("The store holds 2D images; use --dim 2d.")
+
+
+def _discover(
+    store: VolumeStore,
+    train: Sequence[VolumeMeta],
+    held_out: Sequence[VolumeMeta],
+    config: Config,
+    spacing: tuple[float, ...] | None,
+    folder: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Write everything but the checksums into `folder`; return discovery.json."""
+    settings, seed = config.discovery, options.seed
+    metas = [*train, *held_out]
+    patch: dict[str, Any] = {
+        "patch_size": config.data.patch_size,
+        "spacing_mm": spacing,
+        "window_hu": config.data.window_hu,
+    }
+    (folder / "figures").mkdir()
+    (folder / "config.yaml").write_text(config.dump())
+    method = _train_autoencoder(store, train, held_out, config, folder, options)
+    anchors = _anchors(store, train, settings, patch, seed)
+    latents = _latents(method, store, metas, config, anchors, folder, options)
+    neighbours = _neighbours(metas, len(train), anchors, latents, settings)
+    pairs = {(anchors[number].reference, near.volume) for number, found in neighbours.items() for near in found}
+    with progress("matching anchors", len(pairs), "pairs") as bar:
+        classes = make_classes(
+            store, anchors, neighbours,
+            space=settings.anchor_space, min_score=settings.min_score, advance=bar.advance, **patch,
+        )  # fmt: skip
+    table = classes.table
+    table.write(folder / "pseudo_labels.csv")
+    quality = measure(store, table, space=settings.anchor_space, seed=seed, **patch)
+    quality["matches"] = {
+        "count": len(classes.scores),
+        "dropped": classes.dropped,
+        "median_score": float(np.median(classes.scores)) if classes.scores else None,
+    }
+    quality["latents"] = {"effective_rank": effective_rank(torch.from_numpy(latents[: len(train), 0]))}
+    write_json(folder / "quality.json", quality)
+    draw_classes(store, table, folder / "figures" / "classes.png", **patch)
+    draw_anchors(store, table, folder / "figures" / "anchors.png", **patch)
+    record = {
+        "schema": 1,
+        "dim": options.dim,
+        "seed": seed,
+        "modality": train[0].modality,
+        "in_channels": train[0].shape[0],
+        "spacing_mm": spacing,
+        "data": config.data.model_dump(mode="json"),
+        "classes": table.classes,
+        "rows": len(table),
+        "patients": len(set(table.patient.tolist())),
+        "pseudo_labels_sha256": sha256(folder / "pseudo_labels.csv"),
+    }
+    write_json(folder / "discovery.json", record)
+    return record
+
+
+def _train_autoencoder(
+    store: VolumeStore,
+    train: Sequence[VolumeMeta],
+    held_out: Sequence[VolumeMeta],
+    config: Config,
+    folder: Path,
+    options: argparse.Namespace,
+) -> Reconstruction:
+    settings = config.discovery.autoencoder
+    torch.manual_seed(key(options.seed, "autoencoder"))
+    method = Reconstruction(config.spatial_dims, settings.channels, train[0].shape[0])
+    levels = [(level + 0.5) / SLICES for level in range(SLICES)]
+    volumes = [
+        WholeVolumes(store, metas, shape=settings.shape, window_hu=config.data.window_hu, positions=levels)
+        for metas in (train, held_out)
+    ]
+    fit(
+        method,
+        Endless(volumes[0], options.seed),
+        validation=volumes[1],
+        folder=folder / "autoencoder",
+        seed=options.seed,
+        device=options.device,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        optimizer=OptimizerSettings("adam", settings.learning_rate, schedule="cosine"),
+        title="autoencoder",
+        validate_every=max(1, settings.steps // 10),
+    )
+    save_file({name: tensor.contiguous() for name, tensor in method.autoencoder.state_dict().items()},
+              folder / "autoencoder.safetensors")  # fmt: skip
+    return method
+
+
+def _anchors(
+    store: VolumeStore, train: Sequence[VolumeMeta], settings: DiscoveryConfig, patch: dict[str, Any], seed: int
+) -> list[Anchor]:
+    order = [meta.volume for meta in train]
+    random.Random(key(seed, "references")).shuffle(order)
+    if settings.references == "one":
+        references = order[:1] * settings.classes
+    else:
+        references = (order * -(-settings.classes // len(order)))[: settings.classes]
+    anchors = choose_anchors(store, references, min_tissue=settings.min_tissue, seed=seed, **patch)
+    if not anchors:
+        raise UserError(
+            f"No patch of {list(patch['patch_size'])} voxels fits into the body of the reference {references[0]} with "
+            f"{settings.min_tissue:.0%} tissue; try a smaller data.patch_size or discovery.min_tissue."
+        )
+    if len(anchors) < settings.classes:
+        print(f"The body has room for {len(anchors)} distinct anchors of this patch size, not {settings.classes}.")
+    return anchors
+
+
+def _latents(
+    method: Reconstruction,
+    store: VolumeStore,
+    metas: Sequence[VolumeMeta],
+    config: Config,
+    anchors: Sequence[Anchor],
+    folder: Path,
+    options: argparse.Namespace,
+) -> np.ndarray:
+    """(volumes, positions, latent), also as latents.npy; in 2D one position per anchor: the slice at its height."""
+    settings = config.discovery.autoencoder
+    heights = [anchor.body[2] for anchor in anchors]
+    volumes = WholeVolumes(store, metas, shape=settings.shape, window_hu=config.data.window_hu, positions=heights)
+    latents = encode(method.autoencoder, volumes, launch(options.device).device, settings.batch_size)
+    np.save(folder / "latents.npy", latents)
+    (folder / "latents.txt").write_text("\n".join(meta.volume for meta in metas) + "\n")
+    return latents
+
+
+def _neighbours(
+    metas: Sequence[VolumeMeta],
+    train_count: int,
+    anchors: Sequence[Anchor],
+    latents: np.ndarray,
+    settings: DiscoveryConfig,
+) -> dict[int, list[Neighbour]]:
+    """For each class the nearest training patients, and the nearest held-out ones."""
+    ids, patients = [meta.volume for meta in metas], [meta.patient for meta in metas]
+    there = len(set(patients[:train_count]))
+    if settings.neighbours > there:
+        print(f"There are {there} training patients, so each class takes all of them, not {settings.neighbours}.")
+    splits = (
+        ("train", range(train_count), settings.neighbours),
+        ("val", range(train_count, len(metas)), settings.validation_neighbours),
+    )
+    found: dict[int, list[Neighbour]] = {}
+    for number, anchor in enumerate(anchors):
+        own = latents[:, number % latents.shape[1]]
+        reference = ids.index(anchor.reference)
+        found[number] = [
+            Neighbour(ids[row], rank + (split == "val"), float(distance), split)
+            for split, among, count in splits
+            for rank, (row, distance) in enumerate(
+                zip(*nearest_patients(reference, own, patients, among, count), strict=True)
+            )
+        ]
+    return found
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["discover", *sys.argv[1:]])

@@ -1,0 +1,94 @@
+"""Pseudo-labels: every anchor is carried to the nearest patients of its reference, and the places share a class."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..data.pseudo_labels import PseudoLabels
+from ..data.store import VolumeStore
+from .anchors import Anchor
+from .matching import carry
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A volume in which an anchor's place is looked for."""
+
+    volume: str
+    rank: int  # 0: the reference itself
+    distance: float  # between the latents
+    split: str
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The table, and how well the matches behind it scored."""
+
+    table: PseudoLabels
+    scores: list[float]  # of all matches, kept or dropped; the references not counted
+    dropped: int
+
+
+def make_classes(
+    store: VolumeStore,
+    anchors: Sequence[Anchor],
+    neighbours: Mapping[int, Sequence[Neighbour]],
+    *,
+    space: Literal["voxel", "body", "matched"],
+    min_score: float,
+    patch_size: Sequence[int],
+    spacing_mm: Sequence[float] | None,
+    window_hu: tuple[float, float] | None,
+    advance: Callable[[], None],
+) -> Classes:
+    """The table of pseudo-labels: class c is `anchors[c]` in each of `neighbours[c]`.
+
+    A place whose match scores below `min_score` is dropped. Pairs of reference and neighbour are visited once, with
+    all their anchors; `advance` is called after each pair.
+    """
+    pairs: defaultdict[tuple[str, str], list[tuple[int, Neighbour]]] = defaultdict(list)
+    for number, found in neighbours.items():
+        for neighbour in found:
+            pairs[anchors[number].reference, neighbour.volume].append((number, neighbour))
+    rows: list[dict[str, object]] = []
+    scores: list[float] = []
+    dropped = 0
+    for (reference, volume), members in pairs.items():
+        points = torch.tensor([anchors[number].centre_mm for number, _ in members])
+        if volume == reference:
+            places, score = points, torch.ones(len(points))
+        else:
+            places, score = carry(points, store[reference], store[volume], space=space, window_hu=window_hu)
+            scores += score.tolist()
+        meta = store[volume].meta
+        for (number, neighbour), centre, value in zip(members, places.tolist(), score.tolist(), strict=True):
+            if value < min_score:
+                dropped += 1
+                continue
+            box = _stored_box(centre, patch_size, spacing_mm or meta.spacing_mm, meta.spacing_mm)
+            rows.append(
+                {"class_": number, "reference": reference, "volume": volume, "patient": meta.patient,
+                 "rank": neighbour.rank, "distance": round(neighbour.distance, 6), "split": neighbour.split}
+                | box
+                | {f"c{axis}_mm": round(value, 3) for axis, value in zip("xyz", centre, strict=True)}
+            )  # fmt: skip
+        advance()
+    rows.sort(key=lambda row: (row["class_"], row["split"], row["rank"]))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return Classes(PseudoLabels(**columns), scores, dropped)  # type: ignore[arg-type]
+
+
+def _stored_box(
+    centre_mm: Sequence[float], patch_size: Sequence[int], spacing_mm: Sequence[float], own_mm: Sequence[float]
+) -> dict[str, int]:
+    """Corner and size in stored voxels, rounded; a slice is one voxel thick."""
+    box = {}
+    for axis, name in enumerate("xyz"):
+        flat = axis >= len(patch_size)
+        size = 1 if flat else max(1, round(patch_size[axis] * spacing_mm[axis] / own_mm[axis]))
+        box[name] = round(centre_mm[axis] / own_mm[axis] - (size - 1) / 2)
+        box[f"s{name}"] = size
+    return box
