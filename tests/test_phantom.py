@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from genesis.data.cohort import find_cases
 from genesis.data.phantom import ORGANS, Acquisition, Phantom, phantom, write_sample_cohort
 from genesis.seeding import generator
 
@@ -120,6 +121,12 @@ def test_sample_cohort(tmp_path: Path) -> None:
         assert case["target"] == int((labels == LABELS["lesion"]).any())
         targets.add(case["target"])
     assert targets == {0, 1}
+
+    cohort = find_cases(path)  # read like any cohort
+    assert cohort.label_names == {0: "background", **ORGANS}
+    assert [case.patient for case in cohort.cases] == [case["patient_id"] for case in cases]
+    assert [case.split for case in cohort.cases[:5]] == ["train", "train", "val", "test", "test"]
+    assert [case.target for case in cohort.cases] == [case.get("target") for case in cases]
 
 
 def test_a_phantom_leaves_the_global_generator_alone() -> None:

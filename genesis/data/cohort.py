@@ -237,7 +237,7 @@ def _nnunet_lists(folder: Path, ending: str) -> dict[str, list[Any]]:
 
 
 def _entry(folder: Path, entry: Any, split: Split | None) -> Case:
-    """One entry: a path, a list of paths (one per channel), or {"image": …, "label": …}."""
+    """One entry: a path, a list of paths (one per channel), or {"image": …, "label": …}, with more `COLUMNS` if any."""
     fields = entry if isinstance(entry, dict) else {"image": entry}
     listed = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
     images = tuple(folder / name for name in listed)
@@ -248,7 +248,8 @@ def _entry(folder: Path, entry: Any, split: Split | None) -> Case:
     elif not first.exists():  # nnU-Net 1 lists CASE.nii.gz and means CASE_0000.nii.gz, CASE_0001.nii.gz, …
         images = tuple(sorted(first.parent.glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))) or images
     label = folder / fields["label"] if fields.get("label") else None
-    return Case(images, name, "", label, None, split)
+    patient, split = str(fields.get("patient_id") or ""), SPLITS[fields["split"]] if "split" in fields else split
+    return Case(images, name, patient, label, None, split, fields.get("target"))
 
 
 def _label_names(labels: dict[str, Any]) -> dict[int, str]:
