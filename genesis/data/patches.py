@@ -31,9 +31,9 @@ def window(raw: np.ndarray, meta: VolumeMeta, window_hu: tuple[float, float] | N
     each channel.
     """
     limits = [window_hu] * len(raw) if window_hu and meta.modality == "ct" else meta.percentiles
-    low, high = torch.tensor(limits)[..., None, None, None].unbind(1)
+    low, high = torch.tensor(limits, dtype=torch.float32)[..., None, None, None].unbind(1)
     scale, offset = (torch.tensor(values)[:, None, None, None] for values in (meta.scale, meta.offset))
-    span = (high - low).clamp(min=1e-6)
+    span = (high - low).clamp(min=1e-12)  # a constant image is 0 or 1, not NaN
     return torch.from_numpy(raw.astype(np.float32)).mul_(scale / span).add_((offset - low) / span).clamp_(0, 1)
 
 
