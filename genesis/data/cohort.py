@@ -10,16 +10,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 from ..errors import UserError
 from ..files import read_json
 from .dicom import group_series, is_dicom
 from .formats import suffix
 from .patients import channel_groups, name_patients, stem
+from .store import Modality
 
 Split = Literal["train", "val", "test"]
-Modality = Literal["ct", "mr", "xray"]
 
 SPLITS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                             "test": "test", "testing": "test"}  # fmt: skip
@@ -42,6 +42,11 @@ class Case:
     modality: Modality | None = None
     split: Split | None = None
     target: int | None = None
+
+    @property
+    def path(self) -> str:
+        """What tells cases apart: the absolute path of the first file."""
+        return str(self.images[0].absolute())
 
     @property
     def labelled(self) -> bool:
@@ -104,7 +109,18 @@ def find_cases(data: Path) -> Cohort:
     return replace(cohort, cases=tuple(named), root=data)
 
 
-def splits_of(cases: Sequence[Case]) -> dict[str, Split]:
+class BelongsToPatient(Protocol):
+    """What decides about the split of a case."""
+
+    @property
+    def patient(self) -> str: ...
+    @property
+    def split(self) -> Split | None: ...
+    @property
+    def labelled(self) -> bool: ...
+
+
+def splits_of(cases: Sequence[BelongsToPatient]) -> dict[str, Split]:
     """The split of every patient: the table's, else by `split_of`; raises `UserError` for a patient in two splits."""
     given: dict[str, Split] = {}
     labelled: set[str] = set()

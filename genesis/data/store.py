@@ -12,6 +12,7 @@ does not notice flipped bits: every chunk is checked when a process first touche
 import hashlib
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from ..errors import UserError
 from ..files import read_json, write_aside
 
 SCHEMA = 1
+INCOMING = ".incoming"  # in a store into which scans are being read
 CHUNK, BLOCK = 64, 32  # voxels per side; measured: fastest for random reads of 64³ to 128³ at a small size
 # Measured on the head-neck CTs, size against z-scored float32 zstd-8: zstd-4 0.43, zstd-1 0.44, with bit-shuffle 0.53;
 # lz4 0.63. Reading 64³ takes about 1 ms in all four.
@@ -87,6 +89,8 @@ class VolumeStore:
     """The volumes of a folder. Raises `UserError` when there are none."""
 
     def __init__(self, folder: Path) -> None:
+        if (folder / INCOMING).exists():
+            raise UserError(f"Reading scans into {folder} was interrupted; give the same --data again, and it goes on.")
         self._volumes = {file.stem: Volume(file) for file in sorted((folder / "volumes").glob("*.b2nd"))}
         if not self._volumes:
             raise UserError(f"{folder} holds no volumes; make them with: python -m genesis.prepare --data SCANS")
@@ -129,6 +133,17 @@ def write_volume(folder: Path, array: np.ndarray, meta: VolumeMeta, labels: np.n
     else:
         _write(label_file, labels, {"schema": SCHEMA, "volume": meta.volume})
     _write(folder / "volumes" / f"{meta.volume}.b2nd", array, asdict(meta))
+
+
+def move_volume(source: Path, target: Path, volume: str) -> None:
+    """Move a volume and its label map from one store to another of the same file system; replaces it if there."""
+    for kind in ("labels", "volumes"):
+        file, place = (folder / kind / f"{volume}.b2nd" for folder in (source, target))
+        if file.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def remove_volume(folder: Path, volume: str) -> None:

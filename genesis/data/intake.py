@@ -1,0 +1,110 @@
+"""One case into the store: read, judge, quantize, measure, write. Runs in worker processes, so it imports no torch."""
+
+import hmac
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .cohort import Case, Split
+from .foreground import bounding_box, foreground_mask
+from .quantization import quantize
+from .scans import Quarantine, Scan, read_label_map, read_scan
+from .store import Modality, VolumeMeta, write_volume
+
+FEW_VALUES = 16  # fewer different values than any scan has
+SAMPLE = 100_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case, how to read it, and the folder, itself a small store, to which its volume goes."""
+
+    case: Case
+    modality: Modality
+    channels: str | int | None
+    split: Split
+    folder: Path
+    key: bytes  # of the hashed ids
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The id of the volume, or the reason why there is none. `misfit`: the reason lies in the label map."""
+
+    volume: str = ""
+    reason: str = ""
+    misfit: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def hashed(key: bytes, kind: str, *content: bytes | memoryview) -> str:
+    """A keyed hash, 32 hexadecimal digits: without the key nobody can tell whether it is of a given name."""
+    digest = hmac.new(key, kind.encode(), "blake2b")
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def take_in(task: Task) -> Outcome:
+    """Read one case and write its volume; whatever is wrong with it becomes the reason."""
+    case = task.case
+    try:
+        scan = read_scan(case.images if len(case.images) > 1 else case.images[0], task.channels)
+        notes = scan.notes + _plausible(scan.array, task.modality)
+    except Quarantine as fault:
+        return Outcome(reason=str(fault))
+    except MemoryError:
+        return Outcome(reason="it does not fit into memory")
+    try:
+        labels = read_label_map(case.label, scan) if case.label else None
+    except Quarantine as fault:
+        return Outcome(reason=f"label map: {fault}", misfit=True)
+    meta, stored = _measure(scan, task)
+    write_volume(task.folder, stored, meta, labels)
+    return Outcome(meta.volume, notes=notes)
+
+
+def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
+    """Notes on values that are unusual for the modality; raises `Quarantine` for what is no scan."""
+    sample = array.ravel()[:: max(1, array.size // SAMPLE)] if array.flags.c_contiguous else array
+    if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(array))) <= FEW_VALUES:
+        raise Quarantine(f"only {few} different values: a label map or a mask, not a scan")
+    low, high = float(array.min()), float(array.max())
+    if modality == "ct" and low >= 0:
+        if high <= 255:
+            raise Quarantine(f"values from {low:g} to {high:g} are not Hounsfield units (a picture or a label map?)")
+        return (f"no value below 0 (from {low:g} to {high:g}): are these Hounsfield units?",)
+    if modality == "mr" and low <= -900:
+        return (f"values down to {low:g}: is this an MR, not a CT?",)
+    return ()
+
+
+def _measure(scan: Scan, task: Task) -> tuple[VolumeMeta, np.ndarray]:
+    case, array = task.case, scan.array
+    quantized = quantize(array)
+    layout = repr((quantized.array.shape, quantized.scale, quantized.offset)).encode()
+    source = hashed(task.key, "voxels", layout, quantized.array.data)
+    mask = foreground_mask(array[0], scan.spacing_mm, task.modality)
+    percentiles = [np.percentile(channel[mask], (0.5, 99.5)) for channel in array]
+    channels, x, y, z = array.shape
+    box = bounding_box(mask)
+    meta = VolumeMeta(
+        volume=source[:16],
+        patient=hashed(task.key, "patient", case.patient.encode())[:16],
+        source=source,
+        modality=task.modality,
+        shape=(channels, x, y, z),
+        spacing_mm=scan.spacing_mm,
+        affine=tuple(tuple(float(value) for value in row) for row in scan.affine),
+        scale=quantized.scale,
+        offset=quantized.offset,
+        clipped_share=quantized.clipped_share,
+        percentiles=tuple((float(low), float(high)) for low, high in percentiles),
+        foreground_box=(box[0], box[1], box[2]),
+        split=task.split,
+        labelled=case.labelled,
+        target=case.target,
+        values=(float(array.min()), float(array.max())),
+    )
+    return meta, quantized.array

@@ -1,0 +1,169 @@
+"""Bring a volume store up to date with a list of cases: read what is new or changed, remove what is gone."""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UserError
+from ..progress import progress
+from .case_map import CaseMap, Row
+from .cohort import Case, Split, splits_of
+from .intake import Outcome, Task, hashed, take_in
+from .store import INCOMING, Modality, Volume, VolumeMeta, move_volume, remove_volume, write_volume
+from .workers import available_cores, in_processes
+
+READER = 1  # to be raised when the same files would be stored differently
+INLINE = 4  # so few scans are read sooner than processes start
+CRASHED = "reading it crashed the reader: damaged, or too large for the memory of this machine"
+DUPLICATE = "the same voxels as another scan of the store"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How cases are read: modality where a case has none of its own, channels, key of the hashed ids."""
+
+    modality: Modality | None
+    channels: str | int | None
+    key: bytes
+
+    def modality_of(self, case: Case) -> Modality:
+        """Raises `UserError` where neither the case nor the user says it."""
+        modality = case.modality or self.modality
+        if modality is None:
+            raise UserError(f"Of what modality is {case.images[0]}? Say it with --modality ct, mr or xray.")
+        return modality
+
+
+def update_store(
+    store: Path, data: Path, cases: Sequence[Case], case_map: CaseMap, reading: Reading, workers: int | None
+) -> list[VolumeMeta]:
+    """Read the new and changed ones of `cases`, all from `data`, into the store; return what it then holds.
+
+    Rows of the case map that are none of `cases` stay, and so do their volumes; volumes without a row are removed.
+    When it is interrupted, what was read is kept, and the next call goes on.
+    """
+    rows = case_map.rows
+    found = {case.path: case for case in cases}
+    prints = {path: _fingerprint(case, reading) for path, case in found.items()}
+    there = _intact(store)
+    # Labelled ones first: of twins the first stays.
+    todo = [path for path in sorted(found, key=lambda path: (not found[path].labelled, path))
+            if path not in rows or rows[path].fingerprint != prints[path]
+            or not (rows[path].reason or rows[path].id in there)]  # fmt: skip
+    splits = splits_of([*cases, *(row for path, row in rows.items() if path not in found)])
+    tasks = [
+        Task(found[path], reading.modality_of(found[path]), reading.channels, splits[found[path].patient],
+             store / INCOMING / str(number), reading.key)
+        for number, path in enumerate(todo)
+    ]  # fmt: skip
+    shutil.rmtree(store / INCOMING, ignore_errors=True)
+    (store / INCOMING).mkdir(parents=True)
+    for path in todo:
+        rows.pop(path, None)
+    rows |= {path: replace(row, data=str(data.absolute())) for path, row in rows.items() if path in found}
+    taken = {row.id for row in rows.values() if not row.reason}
+    results = in_processes(
+        take_in, tasks, 1 if len(tasks) <= INLINE else workers or available_cores(), lambda _: Outcome(reason=CRASHED)
+    )
+    try:
+        with progress("reading", len(tasks), "scans") as bar:
+            for path, task, outcome in zip(todo, tasks, results, strict=True):
+                row = _row(path, task.case, outcome, case_map.store, data, prints[path], reading.key)
+                if outcome.volume in taken:
+                    row = _refused(row, DUPLICATE, reading.key)
+                elif outcome.volume:
+                    move_volume(task.folder, store, outcome.volume)
+                    taken.add(outcome.volume)
+                rows[path] = row
+                bar.advance()
+    finally:
+        case_map.write()
+    metas = {row.id: Volume(_file(store, row.id)).meta for row in rows.values() if not row.reason}
+    _unify_channels(case_map, metas, reading.key)
+    _restamp(store, case_map, metas, splits)
+    for file in (store / "volumes").glob("*.b2nd"):
+        if file.stem not in metas:
+            remove_volume(store, file.stem)
+    case_map.write()
+    shutil.rmtree(store / INCOMING)
+    return [metas[volume] for volume in sorted(metas)]
+
+
+def _file(store: Path, volume: str) -> Path:
+    return store / "volumes" / f"{volume}.b2nd"
+
+
+def _intact(store: Path) -> set[str]:
+    """Ids of the volumes whose metadata can be read; others are made anew."""
+    intact = set()
+    for file in (store / "volumes").glob("*.b2nd"):
+        try:
+            meta = Volume(file).meta
+        except UserError:
+            continue
+        if not meta.labelled or meta.target is not None or (store / "labels" / file.name).is_file():
+            intact.add(meta.volume)
+    return intact
+
+
+def _fingerprint(case: Case, reading: Reading) -> str:
+    """Of everything that the stored volume follows from, as far as it can be seen without reading."""
+    files = [*case.images, *([case.label] if case.label else [])]
+    stats = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file) for file in files
+    ]
+    about = (READER, case.patient, case.split, case.target, case.label, reading.modality_of(case), reading.channels)
+    return hashlib.blake2b(repr((about, stats, hashed(reading.key, "key"))).encode(), digest_size=16).hexdigest()
+
+
+def _row(path: str, case: Case, outcome: Outcome, store: str, data: Path, print_: str, key: bytes) -> Row:
+    stats = [file.stat() for file in case.images if file.exists()]
+    return Row(
+        id=outcome.volume or _stand_in(path, key),
+        path=path,
+        patient=case.patient,
+        name=case.name,
+        bytes=sum(stat.st_size for stat in stats),
+        modified=max((stat.st_mtime_ns for stat in stats), default=0),
+        split=case.split,
+        labelled=case.labelled,
+        reason=outcome.reason,
+        misfit=outcome.misfit,
+        notes="; ".join(outcome.notes),
+        store=store,
+        data=str(data.absolute()),
+        fingerprint=print_,
+    )
+
+
+def _refused(row: Row, reason: str, key: bytes) -> Row:
+    """The row of a scan that is good in itself; whether it fits the others is judged anew every time."""
+    return replace(row, id=_stand_in(row.path, key), reason=reason, notes="", fingerprint="")
+
+
+def _stand_in(path: str, key: bytes) -> str:
+    return hashed(key, "case", path.encode())[:16]
+
+
+def _unify_channels(case_map: CaseMap, metas: dict[str, VolumeMeta], key: bytes) -> None:
+    """Refuse volumes with another number of channels than most have: no network takes both."""
+    counts = Counter(meta.shape[0] for meta in metas.values())
+    if len(counts) < 2:
+        return
+    usual = counts.most_common(1)[0][0]
+    for row in list(case_map.rows.values()):
+        if not row.reason and (channels := metas[row.id].shape[0]) != usual:
+            del metas[row.id]
+            case_map.rows[row.path] = _refused(row, f"{channels} channels, where most scans have {usual}", key)
+
+
+def _restamp(store: Path, case_map: CaseMap, metas: dict[str, VolumeMeta], splits: dict[str, Split]) -> None:
+    """Bring volumes into line that were stored before their patient's split changed, because it became labelled."""
+    for row in case_map.rows.values():
+        if not row.reason and metas[row.id].split != splits[row.patient]:
+            volume = Volume(_file(store, row.id))
+            metas[row.id] = replace(volume.meta, split=splits[row.patient])
+            write_volume(store, volume.read(), metas[row.id], volume.labels())

@@ -1,0 +1,72 @@
+"""Run a function over tasks in fresh processes, and survive the death of one."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(
+    function: Callable[[T], R], tasks: Sequence[T], workers: int, crashed: Callable[[T], R]
+) -> Iterator[R]:
+    """`map(function, tasks)` in up to `workers` processes; results come in the order of the tasks.
+
+    A task that kills its process (a library's crash, no memory left) yields `crashed(task)`; the others go on.
+    With one worker everything runs in this process.
+    """
+    if min(workers, len(tasks)) <= 1:
+        yield from map(function, tasks)
+        return
+    done = 0
+    while done < len(tasks):
+        try:
+            for result in _pool(function, tasks[done:], workers):
+                yield result
+                done += 1
+        except BrokenProcessPool:  # some task that was running did it: try the first of them alone
+            try:
+                yield from _pool(function, tasks[done : done + 1], 1)
+            except BrokenProcessPool:
+                yield crashed(tasks[done])
+            done += 1
+
+
+def _pool(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupt)
+    try:
+        with _no_main_module():
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in futures:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it, and ends the pool
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Spawned processes import the main module anew; for a verb that is torch, for nothing."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,169 @@
+"""Read scans into the volume store, and audit them.
+
+    python -m genesis.prepare --data SCANS --modality ct
+
+SCANS is a folder, searched recursively (NIfTI, NRRD, MHA/MHD, MGZ, DICOM series; PNG and JPEG for 2D), a CSV with a
+column image (and, if you like, patient_id, modality, split, label, target), or a Decathlon or nnU-Net dataset.json.
+
+A second call reads only what is new or changed, and drops what is gone from SCANS; other SCANS are added to the store.
+What cannot be used is left out, with its reason: see the summary, and store/audit.json in the workspace, which holds
+no names. case_map.csv there, readable by you alone, leads from the ids to your files. Patients without an id are
+told apart by the names of files and folders; where those mislead, use a CSV.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .data.audit import Audit
+from .data.case_map import CaseMap, Row
+from .data.cohort import Case, find_cases
+from .data.intake import hashed
+from .data.store import Modality
+from .data.update import Reading, update_store
+from .errors import UserError
+from .files import read_json
+from .workspace import Workspace
+
+SHOWN = 20  # quarantined scans that are named on the terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="PATH", help="scans: a folder, a CSV, or a dataset.json")
+    parser.add_argument("--modality", choices=("ct", "mr", "xray"), help="of scans for which a CSV does not say it")
+    parser.add_argument(
+        "--channels",
+        metavar="all|N|NAME",
+        help="of scans with several: all, one by its number from 0, or one by its name in dataset.json",
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="patients (or cases) never to be seen, one per line; remembered until another FILE is given",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read (default: one per core)")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.data is None:
+        raise UserError("Say which scans with --data; the embedded sample cohort is made by python -m genesis.discover")
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: expected at least 1.")
+    workspace = Workspace.at(options.workspace)
+    prepare(
+        Path(options.data),
+        workspace.store,
+        workspace,
+        modality=options.modality,
+        channels=options.channels,
+        exclude=options.exclude,
+        workers=options.workers,
+    )
+    print(f"The volumes are in {workspace.store}. Next: python -m genesis.discover")
+
+
+def prepare(
+    data: Path,
+    store: Path,
+    workspace: Workspace,
+    *,
+    modality: Modality | None,
+    channels: str | None = None,
+    exclude: str | None = None,
+    sample: bool = False,
+    workers: int | None = None,
+) -> Audit:
+    """Bring a store up to date with the scans at `data`; prints the audit, writes it, and returns it.
+
+    Volumes that came from elsewhere stay, but those of the sample cohort make way for others. `exclude` is a file of
+    patients and cases never to be seen; without one the store's earlier list holds. Raises `UserError` when nothing can
+    be read, or when a label map does not fit its image; all other scans are in the store by then.
+    """
+    cohort = find_cases(data)
+    reading = Reading(modality, cohort.channels(channels), workspace.id_key())
+    root = workspace.root.resolve()
+    cases = [case for case in cohort.cases if sample or not case.images[0].resolve().is_relative_to(root)]
+    if not cases:
+        raise UserError(
+            f"{data} holds only files of the workspace {workspace.root}; pass scans of your own with --data."
+        )
+    case_map = CaseMap(workspace.case_map, os.path.relpath(store, workspace.root))
+    earlier = read_json(store / "audit.json") if (store / "audit.json").is_file() else {}
+    excluded = _excluded(Path(exclude), cases, reading.key) if exclude else set(earlier.get("excluded", ()))
+
+    def seen(case: Case | Row) -> bool:
+        return excluded.isdisjoint(_hashes((case.patient, case.name), reading.key))
+
+    wanted = [case for case in cases if seen(case)]
+    elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
+    paths = {case.path for case in wanted} | {row.path for row in elsewhere}
+    case_map.rows = {path: row for path, row in case_map.rows.items() if path in paths}
+    without = f", without {len(cases) - len(wanted)} excluded ones" if excluded else ""
+    print(f"{data}: {len(wanted)} scans of {len({case.patient for case in wanted})} patients{without}")
+    metas = update_store(store, data, wanted, case_map, reading, workers)
+    faults = _name_faults(case_map, wanted)
+    if not metas:
+        (store / "audit.json").unlink(missing_ok=True)
+        raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
+    audit = Audit.of(
+        metas,
+        case_map.rows.values(),
+        excluded=excluded,
+        label_names={int(value): name for value, name in earlier.get("label_names", {}).items()} | cohort.label_names,
+        sample=sample,
+    )
+    audit.write(store / "audit.json")
+    print(audit)
+    for row in faults:
+        if row.misfit:
+            raise UserError(f"{row.path} is left out, {row.reason}; mend the label map, or list the scan without it.")
+    return audit
+
+
+def _elsewhere(case_map: CaseMap, data: Path, workspace: Workspace, sample: bool) -> list[Row]:
+    """The rows that are not of `data`, and not of the sample cohort when `data` is not the sample itself."""
+    place, made = data.absolute(), workspace.sample.absolute()
+    others = [
+        row for row in case_map.rows.values() if row.data != str(place) and not Path(row.path).is_relative_to(place)
+    ]
+    real = [row for row in others if not Path(row.path).is_relative_to(made)]
+    if sample and real:
+        raise UserError(f"{workspace.root} holds scans of {real[0].data}: give that as --data, or another --workspace.")
+    return real
+
+
+def _excluded(file: Path, cases: Sequence[Case], key: bytes) -> set[str]:
+    """Hashes of the patients and cases that a file lists; ids that no scan has are counted on the terminal."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--exclude {file} cannot be read; it takes a text file with one patient per line.") from None
+    listed = {line for line in lines if line and not line.startswith("#")}
+    known = {name for case in cases for name in (case.patient, case.name)}
+    if listed - known:
+        print(f"{file}: {len(listed - known)} of {len(listed)} names are of no scan here")
+    return _hashes(listed, key)
+
+
+def _hashes(names: Iterable[str], key: bytes) -> set[str]:
+    return {hashed(key, "patient", name.encode())[:16] for name in names}
+
+
+def _name_faults(case_map: CaseMap, cases: Sequence[Case]) -> list[Row]:
+    """Print which of the cases were left out and why; return their rows."""
+    rows = (case_map.rows[case.path] for case in cases)
+    faults = [row for row in rows if row.reason]
+    for row in faults[:SHOWN]:
+        print(f"quarantined {row.path}: {row.reason}")
+    if len(faults) > SHOWN:
+        print(f"… and {len(faults) - SHOWN} more, listed in {case_map.path}")
+    return faults
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["prepare", *sys.argv[1:]])
