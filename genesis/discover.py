@@ -81,12 +81,11 @@ def _prepare(options: argparse.Namespace, workspace: Workspace) -> None:
             modality=options.modality,
             channels=options.channels,
             exclude=options.exclude,
-            seed=options.seed,
         )
     elif not (workspace.store / "audit.json").is_file():
         print(f"No --data and no store in {workspace.root}: making a sample cohort of phantoms in {workspace.sample}.")
         data = write_sample_cohort(workspace.sample, seed=options.seed)
-        prepare(data, workspace.store, workspace, modality="ct", sample=True, seed=options.seed)
+        prepare(data, workspace.store, workspace, modality="ct", sample=True)
 
 
 def _check_cohort(train: Sequence[VolumeMeta], held_out: Sequence[VolumeMeta], spatial_dims: int) -> None:
