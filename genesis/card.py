@@ -34,7 +34,7 @@ class KeysCard(_Section):
 class DataCard(_Section):
     """What the network was shown: patches of `patch_size` voxels of `spacing_mm`, in [0, 1], in RAS+ orientation."""
 
-    modality: str  # ct | mr | xray
+    modality: Literal["ct", "mr", "xray"]
     window_hu: tuple[Finite, Finite] | None  # CT: mapped to [0, 1]; others: the foreground's p0.5 and p99.5
     spacing_mm: tuple[Finite, ...] | None  # null: each scan's own
     patch_size: tuple[int, ...]

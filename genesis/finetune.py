@@ -20,6 +20,7 @@ from typing import Any
 
 from .card import Card, read_card
 from .config import Config, FinetuneConfig, load_config, recipes
+from .data.labelled import Classes
 from .data.phantom import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
 from .engine.launch import launch
@@ -124,7 +125,6 @@ def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Car
         modality=options.modality or card.data.modality,
         channels=options.channels,
         sample=sample,
-        seed=options.seed,
     )
     return VolumeStore(workspace.labelled(name)), name
 
@@ -181,8 +181,9 @@ def _task(kind: str, store: VolumeStore, cases: Sequence[VolumeMeta], card: Card
     spacing_mm = settings.spacing_mm or card.data.spacing_mm
     window_hu = settings.window_hu or card.data.window_hu
     if kind == "segmentation":
+        classes = Classes.of(store, cases)
         return SegmentationTask(
-            store, patch_size, spacing_mm, window_hu, settings.background_weight, settings.foreground_share
+            store, patch_size, spacing_mm, window_hu, classes, settings.background_weight, settings.foreground_share
         )
     targets = tuple(sorted({meta.target for meta in cases if meta.target is not None}))
     if len(targets) < 2:
@@ -213,7 +214,7 @@ def _report_cases(cases: Sequence[VolumeMeta], splits: Splits, card: Card) -> No
 def _load_once(experiment: Experiment) -> None:
     """Build the network and load the weights, before any time is spent on training, and print the report."""
     network = experiment.card.network.model_dump(by_alias=True)
-    backbone = build_described(network, in_channels=experiment.in_channels, logits=len(experiment.task.outputs))
+    backbone = build_described(network, in_channels=experiment.in_channels, logits=experiment.task.logits)
     if wrong := [side for side in experiment.task.patch_size if side % backbone.stride]:
         raise UserError(
             f"finetune.patch_size {list(experiment.task.patch_size)}: the network takes sides that are multiples of "

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,9 +64,11 @@ def write_package(
     pretraining: PretrainingCard,
     trained: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder"),
     task: TaskCard | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> Card:
     """Write `weights.safetensors`, `card.json`, `README.md` and `SHA256SUMS`; an older package there is replaced.
 
+    `head`: state of a layer that is not part of the network, a classifier's, saved as `head.safetensors`.
     The new one is loaded, strictly and with its fingerprint, before it takes the old one's place. Raises `UserError`
     when the network's outputs are not finite.
     """
@@ -91,10 +94,18 @@ def write_package(
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     with write_folder_aside(folder) as aside:
         save_file(state, aside / "weights.safetensors", metadata={"format": "pt"})
+        if head is not None:
+            save_file({key: tensor.cpu().contiguous() for key, tensor in head.items()}, aside / "head.safetensors")
         write_json(aside / "card.json", card.model_dump(mode="json", by_alias=True))
         (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride))
         _build(_contents(aside, read_card(aside)), aside)
     return card
+
+
+def read_head(package: Path) -> dict[str, Tensor]:
+    """The `head` that the package was written with. Raises `UserError` when it is missing or damaged."""
+    verify_folder(package, "head.safetensors")
+    return load_file(package / "head.safetensors")
 
 
 def find_package(name: str, workspace: Workspace) -> Path:

@@ -25,7 +25,9 @@ def blobs(seed: int, shape: tuple[int, int, int] = (20, 18, 16)) -> tuple[np.nda
     return image.round().astype(np.int16), labels
 
 
-def write_store(folder: Path, splits: tuple[str, ...] = SPLITS, depth: int = 16) -> VolumeStore:
+def write_store(
+    folder: Path, splits: tuple[str, ...] = SPLITS, *, depth: int = 16, names: dict[int, str] = NAMES
+) -> VolumeStore:
     """A store of one volume per split named; targets alternate."""
     for number, split in enumerate(splits):
         shape = (20 + number % 3, 18, depth)
@@ -51,6 +53,6 @@ def write_store(folder: Path, splits: tuple[str, ...] = SPLITS, depth: int = 16)
             values=(float(image.min()), float(image.max())),
         )
         write_volume(folder, image[None], meta, labels)
-    names = {str(value): name for value, name in NAMES.items()}
-    write_json(folder / "audit.json", {"label_names": names, "sample": False})
+    labelled = {str(value): name for value, name in names.items()}
+    write_json(folder / "audit.json", {"label_names": labelled, "sample": False})
     return VolumeStore(folder)

@@ -1,9 +1,10 @@
 """Fine-tuning's data, methods and figures."""
 
-import numpy as np
+from pathlib import Path
+
 import pytest
 import torch
-from blobs import NAMES, write_store
+from blobs import write_store
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 
@@ -21,6 +22,7 @@ from genesis.methods.supervised import (
 from genesis.models import Classifier, build_backbone
 
 WINDOW = (-1000.0, 1000.0)
+CLASSES = Classes((2, 5), ("bright", "grey"))
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +34,19 @@ def patches(
     store: VolumeStore, seed: int = 0, share: float = 1.0, size: tuple[int, ...] = (8, 8, 8)
 ) -> LabelledPatches:
     return LabelledPatches(
-        store, list(store), Classes(NAMES), patch_size=size, spacing_mm=(2.0,) * len(size), window_hu=WINDOW,
+        store, list(store), CLASSES, patch_size=size, spacing_mm=(2.0,) * len(size), window_hu=WINDOW,
         foreground_share=share, seed=seed,
     )  # fmt: skip
 
 
-def test_classes_map_values_to_indices_and_name_a_stranger(store: VolumeStore) -> None:
-    classes = Classes(NAMES)
-    assert classes.names == ("bright", "grey")
-    assert classes.index(torch.tensor([[0, 2], [5, 0]]), "v").tolist() == [[0, 1], [2, 0]]
-    with pytest.raises(UserError, match=r"v77.*value 3"):
-        classes.index(torch.tensor([2, 3]), "v77")
+def test_classes_are_the_named_values_and_a_stranger_is_refused(store: VolumeStore, tmp_path: Path) -> None:
+    assert Classes.of(store, list(store)) == CLASSES
+    assert CLASSES.index(torch.tensor([[0, 2], [5, 0]])).tolist() == [[0, 1], [2, 0]]
+    unnamed = write_store(tmp_path, names={})
+    assert Classes.of(unnamed, list(unnamed)) == Classes((2, 5), ("label 2", "label 5"))
+    strange = write_store(tmp_path, names={1: "liver", 2: "bright"})
+    with pytest.raises(UserError, match=r"v00 holds the value 5.*named are 1, 2"):
+        Classes.of(strange, list(strange))
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (8, 8)])
@@ -80,12 +84,10 @@ def test_bright_voxels_stay_under_their_label(store: VolumeStore) -> None:
 def test_labels_return_to_the_native_grid(store: VolumeStore, spacing: tuple[float, ...] | None) -> None:
     """Label map → grid of patches → native grid loses no more than the interpolation must."""
     meta = store["v01"].meta
-    item = LabelledVolumes(store, [meta], Classes(NAMES), spacing_mm=spacing, window_hu=WINDOW)[0]
+    item = LabelledVolumes(store, [meta], CLASSES, spacing_mm=spacing, window_hu=WINDOW)[0]
     assert item["label"].shape == item["image"].shape[1:] == whole_box(meta, spacing)[2]
     back = native_labels(torch.nn.functional.one_hot(item["label"], 3).movedim(-1, 0).float(), meta, spacing)
-    labels = store["v01"].labels()
-    assert labels is not None
-    truth = Classes(NAMES).index(torch.from_numpy(labels.astype(np.int64)), "v01")
+    truth = CLASSES.truth(store, meta)
     assert back.shape == truth.shape
     dice = dice_per_class(back, truth, 2)
     exact = spacing in (None, (2.0, 2.0, 3.0))
@@ -148,10 +150,10 @@ def test_segmentation_from_scratch_learns_every_class(store: VolumeStore, dims: 
     size, spacing = (16,) * dims, (2.0, 2.0, 3.0)[:dims]
     method = Segmentation(backbone, ("bright", "grey"), background_weight=0.1, patch_size=size)
     train = LabelledPatches(
-        store, store.select("train"), Classes(NAMES), patch_size=size, spacing_mm=spacing, window_hu=WINDOW,
+        store, store.select("train"), CLASSES, patch_size=size, spacing_mm=spacing, window_hu=WINDOW,
         foreground_share=0.7, seed=0,
     )  # fmt: skip
-    held_out = LabelledVolumes(store, store.select("test"), Classes(NAMES), spacing_mm=spacing, window_hu=WINDOW)
+    held_out = LabelledVolumes(store, store.select("test"), CLASSES, spacing_mm=spacing, window_hu=WINDOW)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     for step in range(80):
         items = [train[4 * step + i] for i in range(4)]

@@ -10,7 +10,7 @@ from .cohort import Case, Split
 from .foreground import bounding_box, foreground_mask
 from .quantization import quantize
 from .scans import Quarantine, Scan, read_label_map, read_scan
-from .store import Modality, VolumeMeta, write_volume
+from .store import Box, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
@@ -60,7 +60,7 @@ def take_in(task: Task) -> Outcome:
         labels = read_label_map(case.label, scan) if case.label else None
     except Quarantine as fault:
         return Outcome(reason=f"label map: {fault}", misfit=True)
-    meta, stored = _measure(scan, task)
+    meta, stored = _measure(scan, case, task.modality, task.split, task.key)
     write_volume(task.folder, stored, meta, labels)
     return Outcome(meta.volume, notes=notes)
 
@@ -80,20 +80,37 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
     return ()
 
 
-def _measure(scan: Scan, task: Task) -> tuple[VolumeMeta, np.ndarray]:
-    case, array = task.case, scan.array
+def in_memory(scan: Scan, case: Case, modality: Modality) -> Volume:
+    """A scan as a volume that is in no store: the same integers and figures, its ids without a key."""
+    return _InMemory(*_measure(scan, case, modality, "test", b""))
+
+
+class _InMemory(Volume):
+    def __init__(self, meta: VolumeMeta, stored: np.ndarray) -> None:
+        self.meta = meta
+        self._stored = stored
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        return self._stored[(slice(None), *(box or (slice(None),) * 3))]
+
+    def labels(self, box: Box | None = None) -> None:
+        return None
+
+
+def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: bytes) -> tuple[VolumeMeta, np.ndarray]:
+    array = scan.array
     quantized = quantize(array)
     layout = repr((quantized.array.shape, quantized.scale, quantized.offset)).encode()
-    source = hashed(task.key, "voxels", layout, quantized.array.data)
-    mask = foreground_mask(array[0], scan.spacing_mm, task.modality)
+    source = hashed(key, "voxels", layout, quantized.array.data)
+    mask = foreground_mask(array[0], scan.spacing_mm, modality)
     percentiles = [np.percentile(channel[mask], (0.5, 99.5)) for channel in array]
     channels, x, y, z = array.shape
     box = bounding_box(mask)
     meta = VolumeMeta(
         volume=source[:16],
-        patient=hashed(task.key, "patient", case.patient.encode())[:16],
+        patient=hashed(key, "patient", case.patient.encode())[:16],
         source=source,
-        modality=task.modality,
+        modality=modality,
         shape=(channels, x, y, z),
         spacing_mm=scan.spacing_mm,
         affine=tuple(tuple(float(value) for value in row) for row in scan.affine),
@@ -102,7 +119,7 @@ def _measure(scan: Scan, task: Task) -> tuple[VolumeMeta, np.ndarray]:
         clipped_share=quantized.clipped_share,
         percentiles=tuple((float(low), float(high)) for low, high in percentiles),
         foreground_box=(box[0], box[1], box[2]),
-        split=task.split,
+        split=split,
         labelled=case.labelled,
         target=case.target,
         values=(float(array.min()), float(array.max())),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError
+from ..progress import progress
 from ..seeding import generator, key
 from .patches import Sample, cut, cut_labels, shuffled
 from .resample import axis_weights, resample
@@ -23,25 +24,45 @@ SLAB = 2**26  # probabilities interpolated at a time
 GAIN = 0.1  # brightness is multiplied by 1 ± GAIN; background stays 0
 
 
+@dataclass(frozen=True)
 class Classes:
-    """The label values of a cohort as class indices: 0 is the background, the others follow in ascending order."""
+    """Label values as class indices: 0 is the background, index i the i-th of `values`, which ascend."""
 
-    def __init__(self, label_names: dict[int, str]) -> None:
-        values = sorted(value for value in label_names if value != 0)
-        self.names = tuple(label_names[value] for value in values)
-        self.values = (0, *values)
+    values: tuple[int, ...]
+    names: tuple[str, ...]
 
-    def index(self, labels: Int[Tensor, "*spatial"], volume: str) -> Int[Tensor, "*spatial"]:
-        """Label values → class indices. Raises `UserError` for a value that the cohort does not name."""
-        table = torch.tensor(self.values)
-        found = torch.searchsorted(table, labels).clamp(max=len(table) - 1)
-        wrong = table[found] != labels
-        if wrong.any():
-            raise UserError(
-                f"The label map of {volume} holds the value {int(labels[wrong][0])}, which has no name "
-                f"(named are {', '.join(map(str, self.values))}); correct the map, or name the label in dataset.json."
-            )
-        return found
+    @classmethod
+    def of(cls, store: VolumeStore, metas: Sequence[VolumeMeta]) -> "Classes":
+        """Those that the store names; without names, the values in the label maps.
+
+        Reads every label map. Raises `UserError` for a map with a value that has no name.
+        """
+        named = {value: name for value, name in store.label_names.items() if value != 0}
+        found: set[int] = set()
+        with progress("label maps", len(metas), "cases") as bar:
+            for meta in metas:
+                values = set(np.flatnonzero(np.bincount(_labels(store, meta).ravel())).tolist()) - {0}
+                if named and (strange := values - named.keys()):
+                    raise UserError(
+                        f"The label map of case {meta.volume} holds the value {min(strange)}, which has no name (named "
+                        f"are {', '.join(map(str, named))}); correct the map, or name the value in dataset.json."
+                    )
+                found |= values
+                bar.advance()
+        if not found:
+            raise UserError("All label maps are empty; there is nothing to learn from them.")
+        classes = named or {value: f"label {value}" for value in found}
+        return cls(tuple(sorted(classes)), tuple(classes[value] for value in sorted(classes)))
+
+    def index(self, labels: Int[Tensor, "*spatial"]) -> Int[Tensor, "*spatial"]:
+        """Label values → class indices, int64."""
+        table = torch.zeros(max(self.values) + 1, dtype=torch.int64)
+        table[list(self.values)] = torch.arange(1, len(self.values) + 1)
+        return table[labels]
+
+    def truth(self, store: VolumeStore, meta: VolumeMeta) -> Int[Tensor, "x y z"]:
+        """The label map of a case as class indices, on its own grid."""
+        return self.index(torch.from_numpy(_labels(store, meta).astype(np.int64)))
 
 
 @dataclass(frozen=True)
@@ -85,18 +106,17 @@ class LabelledPatches(Dataset[Sample]):
         label = cut_labels(volume, centre, extent, self.patch_size)
         return {
             "image": _jitter(image, source),
-            "label": self.classes.index(label, meta.volume),
+            "label": self.classes.index(label),
             "key": torch.tensor(key(self.seed, "labelled patch", index)),
         }
 
     def _candidates_of(self, meta: VolumeMeta) -> list[np.ndarray]:
         """Voxels (n, 3) of each class that a case has, a bounded random choice, found when the case is first used."""
         if meta.volume not in self._candidates:
-            labels = self.store[meta.volume].labels()
-            assert labels is not None
+            labels = _labels(self.store, meta)
             order = np.random.default_rng(key(0, "candidates", meta.volume)).permutation(np.flatnonzero(labels))
             values = labels.ravel()[order]
-            chosen = (order[values == value][:CANDIDATES] for value in self.classes.values[1:])
+            chosen = (order[values == value][:CANDIDATES] for value in self.classes.values)
             self._candidates[meta.volume] = [
                 np.stack(np.unravel_index(voxels, labels.shape), axis=1) for voxels in chosen if len(voxels)
             ]
@@ -126,7 +146,7 @@ class LabelledVolumes(Dataset[Sample]):
         centre, extent, shape = whole_box(meta, self.spacing_mm)
         return {
             "image": cut(volume, centre, extent, shape, self.window_hu),
-            "label": self.classes.index(cut_labels(volume, centre, extent, shape), meta.volume),
+            "label": self.classes.index(cut_labels(volume, centre, extent, shape)),
             "key": torch.tensor(index),
         }
 
@@ -159,7 +179,7 @@ class LabelledImages(Dataset[Sample]):
             source = generator(self.seed, "labelled image", index)
             scale = _uniform(source, *SCALING)
             extent = tuple(length * scale for length in extent)
-            shift = [0.05 * length * _uniform(source, -1, 1) for length in extent]
+            shift = [0.05 * length * _uniform(source, -1.0, 1.0) for length in extent]
             centre = (*(c + s for c, s in zip(centre, shift, strict=False)), *centre[len(extent) :])
         image = cut(self.store[meta.volume], centre, extent, self.patch_size, self.window_hu)
         return {
@@ -228,6 +248,12 @@ def _spacing(meta: VolumeMeta, spacing_mm: tuple[float, ...] | None) -> tuple[fl
     """Three numbers: the asked spacing, the volume's own where none is asked."""
     asked = spacing_mm or ()
     return (*asked, *meta.spacing_mm[len(asked) :])
+
+
+def _labels(store: VolumeStore, meta: VolumeMeta) -> np.ndarray:
+    labels = store[meta.volume].labels()
+    assert labels is not None
+    return labels
 
 
 def _jitter(image: Tensor, source: torch.Generator) -> Tensor:

@@ -76,7 +76,7 @@ class Experiment:
 
     def write_model(self, folder: Path, score: Score) -> None:
         """The weights package of one trained model, for `predict`."""
-        backbone, _ = self._trained(score.arm, score.labels, score.seed, score.learning_rate)
+        backbone, method = self._trained(score.arm, score.labels, score.seed, score.learning_rate)
         seen = (*self.splits.train, *self.splits.validation)
         cohort = self.card.pretraining.cohort
         write_package(
@@ -98,7 +98,9 @@ class Experiment:
                     )
                 }
             ),
+            trained=self.task.trained,
             task=TaskCard(type=self.task.kind, labels=self.task.outputs),
+            head=self.task.head(method),
         )
 
     def _best_rate(self, arm: str, labels: int, seed: int) -> float:
@@ -111,8 +113,9 @@ class Experiment:
                 self._forget(self.sub_run(arm, labels, seed, rate), "best.pt")
         if len(losses) > 1:
             tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
-            edge = "; it is at the edge of those tried" if best in (min(losses), max(losses)) else ""
-            print(f"{arm}, {labels} labelled cases: learning rate {best:g} (validation loss at {tried}){edge}.")
+            print(f"{arm}, {labels} labelled cases: learning rate {best:g} (validation loss at {tried}).")
+            if len(losses) > 2 and best in (min(losses), max(losses)):
+                print("It is at the edge of those tried; a better one may lie beyond (finetune.learning_rates).")
         return best
 
     def _train(self, arm: str, labels: int, seed: int, rate: float) -> None:
@@ -161,7 +164,7 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "initial weights"))
             network = self.card.network.model_dump(by_alias=True)
-            backbone = build_described(network, in_channels=self.in_channels, logits=len(self.task.outputs))
+            backbone = build_described(network, in_channels=self.in_channels, logits=self.task.logits)
             method = self.task.method(backbone)
         if arm == PRETRAINED:
             load_into(backbone.network, self.package, quiet=True)

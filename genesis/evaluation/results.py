@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.patches import window
 from ..engine.monitor import read_metrics
-from ..files import write_aside, write_json
+from ..files import read_json, write_aside, write_json
 from ..viewing import finetuning
 from .arms import Experiment
 from .comparison import Estimate, Score, as_table, average, difference
@@ -30,7 +30,9 @@ def write_results(experiment: Experiment, scores: Sequence[Score], arms: Sequenc
             arm: next(s for s in scores if (s.arm, s.labels, s.seed) == (arm, counts[-1], first_seed))
             for arm in reversed(arms)
         }
-        finetuning.predictions(folder / "figures" / "predictions.png", _slices(experiment, task, shown), task.names)
+        title = f"Test cases, after training on {counts[-1]} (seed {first_seed})"
+        slices = _slices(experiment, task, shown)
+        finetuning.predictions(folder / "figures" / "predictions.png", slices, task.names, title)
     write_json(folder / "results.json", _as_json(experiment, scores, arms, counts, first_seed))
     with write_aside(folder / "results.md") as aside:
         aside.write_text(_as_markdown(experiment, scores, arms, counts))
@@ -49,13 +51,15 @@ def _curves(
 
 
 def _slices(experiment: Experiment, task: SegmentationTask, shown: dict[str, Score]) -> list[finetuning.Slice]:
-    predicted = {}
+    predicted, scored = {}, {}
     for arm, score in shown.items():
-        with np.load(experiment.sub_run(arm, score.labels, score.seed, score.learning_rate) / "slices.npz") as file:
+        folder = experiment.sub_run(arm, score.labels, score.seed, score.learning_rate)
+        scored[arm] = read_json(folder / "test.json")["cases"]
+        with np.load(folder / "slices.npz") as file:
             predicted[arm] = dict(file)
     slices = []
     for meta in experiment.splits.test[:PICTURED]:
-        truth = task.truth(meta).numpy()
+        truth = task.classes.truth(task.store, meta).numpy()
         z = telling_slice(truth)
         raw = task.store[meta.volume].read((slice(None), slice(None), slice(z, z + 1)))
         slices.append(
@@ -64,6 +68,7 @@ def _slices(experiment: Experiment, task: SegmentationTask, shown: dict[str, Sco
                 image=window(raw, meta, task.window_hu)[0, :, :, 0].numpy(),
                 spacing_mm=meta.spacing_mm[:2],
                 maps={"truth": truth[..., z], **{arm: maps[meta.volume] for arm, maps in predicted.items()}},
+                scores={arm: cases[meta.volume]["mean"] for arm, cases in scored.items() if cases[meta.volume]},
             )
         )
     return slices

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.labelled import Classes, LabelledImages, LabelledPatches, LabelledVolumes, native_labels
@@ -45,6 +46,7 @@ class Task(ABC):
 
     kind: ClassVar[Literal["segmentation", "classification"]]
     metric: ClassVar[str]
+    trained: ClassVar[tuple[Literal["encoder", "decoder"], ...]]
 
     @property
     @abstractmethod
@@ -56,9 +58,14 @@ class Task(ABC):
     def names(self) -> tuple[str, ...]:
         """Of the classes that are judged."""
 
+    @property
+    def logits(self) -> int | None:
+        """Output channels that the backbone needs; None when its decoder takes no part."""
+        return None
+
     @abstractmethod
     def method(self, backbone: Backbone) -> Method:
-        """The model to train; the backbone has one output channel per output."""
+        """The model to train."""
 
     @abstractmethod
     def training(self, metas: Sequence[VolumeMeta], seed: int) -> Dataset[Sample]: ...
@@ -70,6 +77,10 @@ class Task(ABC):
     def test(self, method: Any, metas: Sequence[VolumeMeta], device: torch.device) -> Tested:
         """Judge a trained model that `method` made, which is on `device` and in eval mode."""
 
+    @abstractmethod
+    def head(self, method: Any) -> dict[str, Tensor] | None:
+        """What `method` has trained beside the backbone."""
+
     @property
     def _seen(self) -> dict[str, Any]:
         return {"spacing_mm": self.spacing_mm, "window_hu": self.window_hu}
@@ -79,23 +90,25 @@ class Task(ABC):
 class SegmentationTask(Task):
     """Dice per class, of label maps on each case's own grid."""
 
+    classes: Classes
     background_weight: float
     foreground_share: float
 
     kind = "segmentation"
     metric = "dice"
-
-    @property
-    def classes(self) -> Classes:
-        return Classes(self.store.label_names)
+    trained = ("encoder", "decoder")
 
     @property
     def outputs(self) -> dict[int, str]:
-        return {0: "background", **dict(zip(self.classes.values[1:], self.classes.names, strict=True))}
+        return {0: "background", **dict(zip(self.classes.values, self.classes.names, strict=True))}
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.classes.names
+
+    @property
+    def logits(self) -> int:
+        return len(self.outputs)
 
     def method(self, backbone: Backbone) -> Method:
         return Segmentation(backbone, self.names, background_weight=self.background_weight, patch_size=self.patch_size)
@@ -116,7 +129,7 @@ class SegmentationTask(Task):
             for index, meta in enumerate(metas):
                 probabilities = segment(method.backbone, volumes[index]["image"].to(device), self.patch_size)
                 predicted = native_labels(probabilities, meta, self.spacing_mm).cpu()
-                truth = self.truth(meta)
+                truth = self.classes.truth(self.store, meta)
                 scores.append(dice_per_class(predicted, truth, len(self.names)))
                 cases[meta.volume] = by_class(self.names, scores[-1])
                 if index < PICTURED:
@@ -124,11 +137,8 @@ class SegmentationTask(Task):
                 bar.advance()
         return Tested(by_class(self.names, torch.stack(scores).nanmean(dim=0)), cases, slices)
 
-    def truth(self, meta: VolumeMeta) -> torch.Tensor:
-        """Class indices (x, y, z) of a case's label map."""
-        labels = self.store[meta.volume].labels()
-        assert labels is not None
-        return self.classes.index(torch.from_numpy(labels.astype(np.int64)), meta.volume)
+    def head(self, method: Segmentation) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ class ClassificationTask(Task):
 
     kind = "classification"
     metric = "auc"
+    trained = ("encoder",)
 
     @property
     def outputs(self) -> dict[int, str]:
@@ -173,6 +184,9 @@ class ClassificationTask(Task):
             for meta, row in zip(metas, probabilities, strict=True)
         }
         return Tested(values, cases, {})
+
+    def head(self, method: Classification) -> dict[str, Tensor]:
+        return method.classifier.linear.state_dict()
 
 
 def telling_slice(labels: np.ndarray) -> int:

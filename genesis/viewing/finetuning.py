@@ -23,6 +23,7 @@ class Slice:
     image: np.ndarray
     spacing_mm: tuple[float, float]
     maps: Mapping[str, np.ndarray]  # by column: the truth, then each arm
+    scores: Mapping[str, float]  # by arm, of the whole case
 
 
 def learning_curves(
@@ -42,30 +43,37 @@ def learning_curves(
                 seeds[0][0], np.mean([values for _, values in seeds], axis=0), color=colour, linewidth=2.2, marker="o",
                 markersize=3, label=f"{arm} (mean of {len(seeds)})" if len(seeds) > 1 else arm,
             )  # fmt: skip
-        panel.set(title=f"{labels} labelled cases", xlabel="step")
+        panel.set(title=_cases(labels), xlabel="step")
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", fontsize=9)
     panels[0].set_ylabel(f"{metric} on the validation cases")
     _save(figure, path)
 
 
-def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str]) -> None:
+def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str], title: str) -> None:
     """One row per test case: image, truth, and the prediction of each arm, classes in the same colours throughout."""
     columns = ["image", *slices[0].maps]
     colours = _colours(len(names))
     figure = Figure(
-        figsize=(2.7 * len(columns), 2.8 * len(slices) + 0.3 + 0.25 * -(-len(names) // 5)), layout="constrained"
+        figsize=(2.7 * len(columns), 2.8 * len(slices) + 0.6 + 0.25 * -(-len(names) // 5)), layout="constrained"
     )
     rows = figure.subplots(len(slices), len(columns), squeeze=False)
     for row, case in zip(rows, slices, strict=True):
         for panel, column in zip(row, columns, strict=True):
             _show(panel, case, case.maps.get(column), colours)
+            if column in case.scores:
+                panel.set_xlabel(f"Dice of the case {case.scores[column]:.2f}", fontsize=9)
         row[0].set_ylabel(case.title, fontsize=9)
     for panel, column in zip(rows[0], columns, strict=True):
         panel.set_title(column)
     handles = [Patch(color=colours(index + 1), label=name) for index, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
+
+
+def _cases(labels: int) -> str:
+    return f"{labels} labelled case{'s' if labels > 1 else ''}"
 
 
 def _show(panel: Axes, case: Slice, labels: np.ndarray | None, colours: ListedColormap) -> None:
