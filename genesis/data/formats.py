@@ -11,6 +11,7 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -26,6 +27,7 @@ SUFFIXES = NIFTI + MGH + ITK + PICTURE
 
 MAX_VOXELS = 2**31  # 8 GiB as float32; the largest clinical volumes have 2**30
 DEFLATE_RATIO = 1040  # deflate cannot shrink anything further
+BLOCK = 2**20  # voxels read at a time
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # Complaints about headers go to the audit, not to the terminal.
@@ -126,7 +128,8 @@ def _nibabel(path: Path) -> Raw:
         raise Quarantine("complex values; export the magnitude image")
     shape = tuple(int(side) for side in image.shape)
     shape += (1,) * (3 - len(shape))
-    check_size(shape, dtype.itemsize, path.stat().st_size, suffix(path) in (".nii.gz", ".mgz"))
+    compressed = suffix(path) in (".nii.gz", ".mgz")
+    check_size(shape, dtype.itemsize, path.stat().st_size, compressed)
     notes: list[str] = []
     affine = np.array(image.affine, dtype=np.float64)
     if isinstance(header, nib.Nifti1Header):
@@ -134,9 +137,26 @@ def _nibabel(path: Path) -> Raw:
         affine[:3] *= {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
         if header["qform_code"] == 0 and header["sform_code"] == 0:
             notes.append("the header gives no orientation; axes are taken to run left, anterior, superior")
-    raw = np.asanyarray(image.dataobj.get_unscaled()).reshape(shape)
-    array = rescaled(raw.astype(raw.dtype.newbyteorder("="), copy=False), image.dataobj.slope, image.dataobj.inter)
+    with gzip.open(path) if compressed else path.open("rb") as stream:
+        stream.seek(image.dataobj.offset)
+        raw = _voxels(stream, image.dataobj.dtype, math.prod(shape)).reshape(shape, order="F")
+    array = rescaled(raw, image.dataobj.slope, image.dataobj.inter)
     return Raw(_channels_first(array), affine, notes=tuple(notes))
+
+
+def _voxels(stream: BinaryIO | gzip.GzipFile, dtype: np.dtype, count: int) -> np.ndarray:
+    """Stored voxels in native byte order, double precision as float32.
+
+    nibabel holds them twice, and stops before the checksum at the end of a gzip stream, which shows damage.
+    """
+    voxels = np.empty(count, np.float32 if dtype.kind == "f" else dtype.newbyteorder("="))
+    for start in range(0, count, BLOCK):
+        part = voxels[start : start + BLOCK]
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and counted as such
+            part[...] = np.frombuffer(stream.read(part.size * dtype.itemsize), dtype, part.size)
+    while stream.read(BLOCK):
+        pass
+    return voxels
 
 
 def _check_nifti_spacing(path: Path, header_class: type[nib.Nifti1Header], shape: tuple[int, ...]) -> None:
