@@ -11,7 +11,9 @@ from genesis import cli, load_into, load_pretrained
 from genesis.config import load_config
 from genesis.engine.checkpoint import write_checkpoint
 from genesis.files import write_json
+from genesis.methods.semantic_genesis import SemanticGenesis
 from genesis.models import Backbone, build_backbone
+from genesis.transforms import Corruption
 from genesis.weights import read_card
 
 NETWORK: dict[str, Any] = dict(channels=(4, 8), strides=(2,), num_res_units=1)
@@ -23,9 +25,8 @@ def write_run(folder: Path, seed: int = 0, **record: Any) -> Backbone:
     best, last = (build_backbone("unet", spatial_dims=3, in_channels=2, out_channels=2, **NETWORK) for _ in range(2))
     rows = []
     for name, backbone, step in (("best", best, 40), ("last", last, 60)):
-        method = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
-        method |= {"head.linear.weight": torch.zeros(3, 8), "calibration.linear.bias": torch.zeros(2)}
-        write_checkpoint(folder / "checkpoints" / f"{name}.pt", {"step": step, "method": method})
+        method = SemanticGenesis(backbone, 3, Corruption())
+        write_checkpoint(folder / "checkpoints" / f"{name}.pt", {"step": step, "method": method.state_dict()})
         rows += [{"step": step, "split": split, "loss": step / 100, "accuracy": None} for split in ("train", "val")]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
