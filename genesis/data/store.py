@@ -173,20 +173,16 @@ class _CheckedArray:
             range(r.start // step, r[-1] // step + 1) for r, step in zip(ranges, self._array.chunks, strict=True)
         )
         grid = [-(-side // step) for side, step in zip(self._array.shape, self._array.chunks, strict=True)]
-        for place in itertools.product(*touched):
-            chunk = int(np.ravel_multi_index(place, grid))
-            if not self._checked[chunk]:
-                self._check(chunk)
-        return self._array[box]
-
-    def _check(self, chunk: int) -> None:
         try:
-            intact = zlib.crc32(self._array.schunk.get_chunk(chunk)) == self._crc32[chunk]
+            for place in itertools.product(*touched):
+                chunk = int(np.ravel_multi_index(place, grid))
+                if not self._checked[chunk]:
+                    if zlib.crc32(self._array.schunk.get_chunk(chunk)) != self._crc32[chunk]:
+                        raise _damaged(self._file)
+                    self._checked[chunk] = True
+            return self._array[box]
         except (RuntimeError, ValueError, OSError):
-            intact = False
-        if not intact:
-            raise _damaged(self._file)
-        self._checked[chunk] = True
+            raise _damaged(self._file) from None
 
 
 def _write(file: Path, array: np.ndarray, meta: dict[str, Any]) -> None:
