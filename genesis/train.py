@@ -32,7 +32,7 @@ from .engine.monitor import read_metrics
 from .engine.optimizer import OptimizerSettings
 from .engine.trainer import FitResult, fit
 from .errors import UserError
-from .files import read_json, sha256, write_aside, write_json
+from .files import read_json, verify_folder, write_aside, write_json
 from .methods import METHODS
 from .methods.semantic_genesis import SemanticGenesis
 from .models import Backbone, build_backbone
@@ -70,7 +70,6 @@ class Discovered:
     store: VolumeStore
     table: PseudoLabels
     record: dict[str, Any]  # discovery.json
-    digest: str  # of the table
 
 
 def run(options: argparse.Namespace) -> None:
@@ -128,10 +127,9 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
     again = f"python -m genesis.discover --dim {spatial_dims}d"
     if not (folder / "discovery.json").is_file():
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
-    table = folder / "pseudo_labels.csv"
-    return Discovered(
-        VolumeStore(workspace.store), PseudoLabels.read(table), read_json(folder / "discovery.json"), sha256(table)
-    )
+    verify_folder(folder, "discovery.json", "pseudo_labels.csv")
+    record = read_json(folder / "discovery.json")
+    return Discovered(VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv"), record)
 
 
 def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Config, dict[str, Any], Discovered]:
@@ -154,7 +152,7 @@ def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Conf
         "spacing_mm": found.record["spacing_mm"],
         "in_channels": found.record["in_channels"],
         "modality": found.record["modality"],
-        "pseudo_labels": found.digest,
+        "pseudo_labels_sha256": found.record["pseudo_labels_sha256"],
         "cohort": {
             "patients": sorted({meta.patient for meta in seen}),
             "volumes": sorted(meta.volume for meta in seen),
@@ -171,7 +169,7 @@ def _reopen(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Co
     record = read_json(folder / "run.json")
     config = load_config(str(folder / "config.yaml"), values=_steps(options))
     found = _discovered(workspace, config.spatial_dims)
-    if found.digest != record["pseudo_labels"]:
+    if found.record["pseudo_labels_sha256"] != record["pseudo_labels_sha256"]:
         raise UserError(
             f"The pseudo-labels were made anew since {folder} started, so it cannot go on; "
             "start a new run without --resume."
@@ -230,9 +228,9 @@ def _backbone(config: Config, channels: int) -> Backbone:
 
 def _trained(backbone: Backbone) -> list[str]:
     """Which halves of the network the method trains."""
-    decoder = set(backbone.decoder_keys)
-    trains_decoder = any(p.requires_grad for name, p in backbone.network.named_parameters() if name in decoder)
-    return ["encoder", "decoder"] if trains_decoder else ["encoder"]
+    encoder = set(backbone.encoder_keys)
+    others = (p for name, p in backbone.network.named_parameters() if name not in encoder)
+    return ["encoder", "decoder"] if any(p.requires_grad for p in others) else ["encoder"]
 
 
 def _patches(config: Config, found: Discovered, record: dict[str, Any]) -> tuple[PseudoLabelPatches, Subset | None]:
@@ -291,3 +289,11 @@ def _summary(result: FitResult) -> str:
         told = f"pseudo-label accuracy {figures['accuracy']:.1%}, " if "accuracy" in figures else "pseudo-labels: "
         lines.append(f"  {told}k-NN on the features {figures['knn_accuracy']:.1%}; chance is {figures['chance']:.1%}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["train", *sys.argv[1:]])
