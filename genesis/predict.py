@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     with progress("predicting", len(cohort.cases), "scans") as bar:
         for case, file in files.items():
             try:
-                scan = read_scan(case.images if len(case.images) > 1 else case.images[0], channels)
+                scan = read_scan(case.images, channels)
                 volume = in_memory(scan, case, card.data.modality)
                 if len(scan.array) != backbone.in_channels:
                     raise Quarantine(f"it has {len(scan.array)} channels, the model takes {backbone.in_channels}")
@@ -146,3 +146,11 @@ def _write_table(path: Path, classes: Sequence[str], table: dict[str, list[float
         writer = csv.writer(stream)
         writer.writerow(["scan", *classes])
         writer.writerows([scan, *(f"{value:.6f}" for value in row)] for scan, row in table.items())
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["predict", *sys.argv[1:]])

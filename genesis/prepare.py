@@ -97,6 +97,13 @@ def prepare(
 
     wanted = [case for case in cases if seen(case)]
     elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
+    names = {int(value): name for value, name in earlier.get("label_names", {}).items()} if elsewhere else {}
+    for value in names.keys() & cohort.label_names.keys():
+        if names[value] != cohort.label_names[value]:
+            raise UserError(
+                f"{data} calls label {value} {cohort.label_names[value]!r}, the scans in {store} call it "
+                f"{names[value]!r}; give them a --workspace each."
+            )
     paths = {case.path for case in wanted} | {row.path for row in elsewhere}
     case_map.rows = {path: row for path, row in case_map.rows.items() if path in paths}
     without = f", without {len(cases) - len(wanted)} excluded ones" if excluded else ""
@@ -110,7 +117,7 @@ def prepare(
         metas,
         case_map.rows.values(),
         excluded=excluded,
-        label_names={int(value): name for value, name in earlier.get("label_names", {}).items()} | cohort.label_names,
+        label_names=names | cohort.label_names,
         sample=sample,
     )
     audit.write(store / "audit.json")

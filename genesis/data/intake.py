@@ -50,7 +50,7 @@ def take_in(task: Task) -> Outcome:
     """Read one case and write its volume; whatever is wrong with it becomes the reason."""
     case = task.case
     try:
-        scan = read_scan(case.images if len(case.images) > 1 else case.images[0], task.channels)
+        scan = read_scan(case.images, task.channels)
         notes = scan.notes + _plausible(scan.array, task.modality)
     except Quarantine as fault:
         return Outcome(reason=str(fault))
@@ -67,7 +67,7 @@ def take_in(task: Task) -> Outcome:
 
 def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
     """Notes on values that are unusual for the modality; raises `Quarantine` for what is no scan."""
-    sample = array.ravel()[:: max(1, array.size // SAMPLE)] if array.flags.c_contiguous else array
+    sample = array.ravel()[:: max(1, array.size // SAMPLE)]
     if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(array))) <= FEW_VALUES:
         raise Quarantine(f"only {few} different values: a label map or a mask, not a scan")
     low, high = float(array.min()), float(array.max())

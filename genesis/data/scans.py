@@ -95,7 +95,14 @@ def write_label_map(path: Path, labels: np.ndarray, like: Scan) -> None:
 
 def _read(path: Path | Sequence[Path], channels: str | int | None) -> Raw:
     files = _files(path)
-    raws = [read_series(files)] if is_dicom(files[0]) else [read_file(file) for file in files]
+    if is_dicom(files[0]):
+        raws = [read_series(files)]
+    else:
+        if len(files) > 1 and isinstance(channels, int):
+            if channels >= len(files):
+                raise Quarantine(f"channel {channels} was asked for; the case has {len(files)}, counted from 0")
+            files, channels = [files[channels]], None
+        raws = [read_file(file) for file in files]
     raw = raws[0]
     if len(raws) > 1:
         for other in raws[1:]:
@@ -118,7 +125,9 @@ def _read(path: Path | Sequence[Path], channels: str | int | None) -> Raw:
 
 def _files(path: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(path, Path):
-        return list(path)
+        if len(path) > 1:
+            return list(path)
+        path = path[0]
     if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)]

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..progress import progress
 from .case_map import CaseMap, Row
 from .cohort import Case, Split, splits_of
+from .formats import PICTURE, suffix
 from .intake import Outcome, Task, hashed, take_in
 from .store import INCOMING, Modality, Volume, VolumeMeta, move_volume, remove_volume, write_volume
 from .workers import available_cores, in_processes
@@ -82,7 +83,7 @@ def update_store(
     finally:
         case_map.write()
     metas = {row.id: Volume(_file(store, row.id)).meta for row in rows.values() if not row.reason}
-    _unify_channels(case_map, metas, reading.key)
+    _unify(case_map, metas, reading.key)
     _restamp(store, case_map, metas, splits)
     for file in (store / "volumes").glob("*.b2nd"):
         if file.stem not in metas:
@@ -148,16 +149,21 @@ def _stand_in(path: str, key: bytes) -> str:
     return hashed(key, "case", path.encode())[:16]
 
 
-def _unify_channels(case_map: CaseMap, metas: dict[str, VolumeMeta], key: bytes) -> None:
-    """Refuse volumes with another number of channels than most have: no network takes both."""
-    counts = Counter(meta.shape[0] for meta in metas.values())
-    if len(counts) < 2:
-        return
-    usual = counts.most_common(1)[0][0]
-    for row in list(case_map.rows.values()):
-        if not row.reason and (channels := metas[row.id].shape[0]) != usual:
+def _unify(case_map: CaseMap, metas: dict[str, VolumeMeta], key: bytes) -> None:
+    """Refuse what does not go with the other volumes: another number of channels (no network takes both), previews."""
+    usual = Counter(meta.shape[0] for meta in metas.values()).most_common(1)
+    pictures = {row.path for row in case_map.rows.values() if suffix(Path(row.path)) in PICTURE}
+    volumes = any(not row.reason and row.path not in pictures for row in case_map.rows.values())
+    for row in [row for row in case_map.rows.values() if not row.reason]:
+        channels = metas[row.id].shape[0]
+        reason = ""
+        if channels != usual[0][0]:
+            reason = f"{channels} channels, where most scans have {usual[0][0]}"
+        elif volumes and row.path in pictures:
+            reason = "a picture among other scans (a preview?)"
+        if reason:
             del metas[row.id]
-            case_map.rows[row.path] = _refused(row, f"{channels} channels, where most scans have {usual}", key)
+            case_map.rows[row.path] = _refused(row, reason, key)
 
 
 def _restamp(store: Path, case_map: CaseMap, metas: dict[str, VolumeMeta], splits: dict[str, Split]) -> None:
