@@ -1,0 +1,89 @@
+"""Random draws for a batch: one stream per sample, a pure function of the sample's key and a counter."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Int32, Int64
+from torch import Tensor
+
+WEYL = 0x9E3779B9 - 2**32  # 2^32 / golden ratio
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # lowbias32 (C. Wellons, hash-prospector)
+
+
+class BatchGenerator:
+    """Random numbers for B samples at once, each from its own key.
+
+    The n-th number of a sample depends on its key and on n alone: neither on the other samples of the batch nor on the
+    device. The only state is n, the same for all samples. So a batch equals its samples done alone. Numbers are 32-bit
+    hashes in wrapping integer arithmetic; a stream repeats after 2^32 numbers.
+
+    Args:
+        keys: any integers, one per sample; numbers are drawn on their device.
+    """
+
+    def __init__(self, keys: Int64[Tensor, "b"]) -> None:
+        low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)
+        low = low ^ _mix(high + WEYL)  # a Feistel network, so different keys stay different pairs of words
+        high = high ^ _mix(low)
+        low = low ^ _mix(high)
+        self._words = torch.stack((low, high), dim=1)
+        self._count = 0
+
+    @classmethod
+    def from_seed(cls, seed: int, batch: int, device: torch.device | str | None = None) -> "BatchGenerator":
+        """The streams of samples 0 to `batch` - 1 under a seed of any size."""
+        first = (seed * 0x9E3779B97F4A7C15) % 2**64 - 2**63
+        return cls(torch.arange(batch, device=device) + first)
+
+    @property
+    def device(self) -> torch.device:
+        return self._words.device
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def child(self, index: int) -> "BatchGenerator":
+        """Further streams of the same samples; they depend on `index` (≥ 0), not on what was drawn so far."""
+        return self._derived(_mix(self._words + _wrap((index + 1) * WEYL)), 0)
+
+    def select(self, samples: Int64[Tensor, "n"]) -> "BatchGenerator":
+        """The streams of some of the samples, at the same position."""
+        return self._derived(self._words[samples], self._count)
+
+    def bits(self, *size: int) -> Int32[Tensor, "b ..."]:
+        """(B, *size) int32, every bit pattern equally likely."""
+        counters = torch.arange(math.prod(size), dtype=torch.int32, device=self.device).mul_(WEYL)
+        low, high = self._words.unsqueeze(2).unbind(1)
+        words = counters + (low + _wrap(self._count * WEYL))
+        self._count += len(counters)
+        words = _fold(words, 16).mul_(FIRST).add_(high)
+        return _fold(_fold(words, 15).mul_(SECOND), 16).view(-1, *size)
+
+    def uniform(self, *size: int) -> Float[Tensor, "b ..."]:
+        """(B, *size) float32, uniform in [0, 1) in steps of 2^-24."""
+        return (self.bits(*size) >> 8).bitwise_and_(0xFFFFFF).float().mul_(2**-24)
+
+    def integers(
+        self, low: int | Int[Tensor, "..."], high: int | Int[Tensor, "..."], *size: int
+    ) -> Int64[Tensor, "b ..."]:
+        """(B, *size) int64, uniform in low to high - 1 (range < 2^31); both broadcast against the result."""
+        return ((self.bits(*size).long() & 0xFFFFFFFF) * (high - low) >> 32) + low
+
+    def _derived(self, words: Tensor, count: int) -> "BatchGenerator":
+        other = object.__new__(BatchGenerator)
+        other._words, other._count = words, count
+        return other
+
+
+def _fold(words: Tensor, shift: int) -> Tensor:
+    """In place words ^= words >>> shift; torch's shift keeps the sign, hence the mask."""
+    return words.bitwise_xor_((words >> shift).bitwise_and_(2 ** (32 - shift) - 1))
+
+
+def _wrap(number: int) -> int:
+    """The int32 that equals `number` modulo 2^32."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _mix(words: Tensor) -> Tensor:
+    return _fold(_fold(_fold(words.clone(), 16).mul_(FIRST), 15).mul_(SECOND), 16)
