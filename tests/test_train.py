@@ -1,0 +1,219 @@
+"""The verb: from what discover left to a run, and what a user is told who asks for something else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from genesis import cli
+from genesis.config import load_config
+from genesis.data.pseudo_labels import PseudoLabels
+from genesis.data.store import VolumeMeta, write_volume
+from genesis.engine import trainer
+from genesis.engine.checkpoint import read_checkpoint
+from genesis.files import read_json, sha256, write_folder_aside, write_json
+
+SIDE, PATCH, CLASSES = 32, 16, 3
+DATA = {"patch_size": [PATCH] * 3, "spacing_mm": "median", "window_hu": [-1000.0, 1000.0]}
+TINY = [
+    "network.channels=[4,8]", "network.strides=[2]", "network.num_res_units=1", "train.batch_size=4",
+    "train.validate_every=2", "train.validation_samples=5", "train.optimizer.warmup_steps=0", "train.workers=0",
+]  # fmt: skip
+ARGUMENTS = [argument for setting in TINY for argument in ("--set", setting)]
+
+
+def make_store(folder: Path) -> None:
+    """Eight patients: a bright ball at a place of its own in noise; six to train on, one held out, one for test."""
+    source = np.random.default_rng(0)
+    grid = np.indices((SIDE,) * 3)
+    for number in range(8):
+        centre = source.integers(10, 22, 3)
+        ball = ((grid - centre[:, None, None, None]) ** 2).sum(0) < 36
+        array = (1000 * ball + source.normal(-500, 50, ball.shape)).astype(np.int16)[None]
+        meta = VolumeMeta(
+            volume=f"v{number}", patient=f"p{number}", source=f"v{number}", modality="ct", shape=array.shape,
+            spacing_mm=(2.0, 2.0, 2.0), affine=tuple(map(tuple, np.diag([2.0, 2, 2, 1]).tolist())), scale=(1.0,),
+            offset=(0.0,), clipped_share=0.0, percentiles=((-600.0, 600.0),), foreground_box=((0, SIDE),) * 3,
+            split={6: "val", 7: "test"}.get(number, "train"), labelled=False, target=None, values=(-800.0, 800.0),
+        )  # fmt: skip
+        write_volume(folder, array, meta)
+    write_json(folder / "audit.json", {"label_names": {}, "sample": False})
+
+
+def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> None:
+    rows = [(volume, label) for volume in range(7) for label in range(CLASSES)]
+    volumes = np.array([volume for volume, _ in rows])
+    labels = np.array([label for _, label in rows])
+    ids = np.array([f"v{volume}" for volume in volumes])
+    patients = np.array([f"p{volume}" for volume in volumes])
+    same = np.zeros(len(rows))
+    table = PseudoLabels(
+        class_=labels, reference=np.repeat("v0", len(rows)), volume=ids, patient=patients,
+        rank=volumes, distance=same, x=same, y=same, z=same, sx=same + PATCH, sy=same + PATCH, sz=same + PATCH,
+        cx_mm=20.0 + 10 * labels + shift, cy_mm=same + 30, cz_mm=same + 30,
+        split=np.where(volumes == 6, "val", "train"),
+    )  # fmt: skip
+    with write_folder_aside(folder) as aside:
+        table.write(aside / "pseudo_labels.csv")
+        write_json(
+            aside / "discovery.json",
+            {
+                "schema": 1, "dim": "3d", "seed": 0, "modality": "ct", "in_channels": 1, "spacing_mm": [2.0, 2.0, 2.0],
+                "data": data, "pseudo_labels_sha256": sha256(aside / "pseudo_labels.csv"),
+            },
+        )  # fmt: skip
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    make_store(tmp_path / "store")
+    make_discovery(tmp_path / "discovery" / "3d", DATA)
+    return tmp_path
+
+
+def train(workspace: Path, *arguments: str, tiny: bool = True) -> None:
+    torch.set_num_threads(1)
+    cli.main(["train", "--workspace", str(workspace), "--device", "cpu", *(ARGUMENTS if tiny else []), *arguments])
+
+
+@pytest.fixture
+def refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run with arguments that are a mistake; the message, when all is as it should be."""
+
+    def run(*arguments: str, tiny: bool = True) -> str:
+        before = sorted(path for path in workspace.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train(workspace, *arguments, tiny=tiny)
+        assert stop.value.code == 2
+        assert sorted(path for path in workspace.rglob("*")) == before
+        message = capsys.readouterr().err
+        assert message.startswith("genesis train: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run
+
+
+def test_a_run_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(workspace, "--steps", "4", "--seed", "3")
+    folder = workspace / "runs" / "semantic_genesis_3d"
+    record = read_json(folder / "run.json")
+    assert {name: record[name] for name in ("kind", "dim", "method", "seed", "status", "in_channels", "modality")} == {
+        "kind": "train", "dim": "3d", "method": "semantic_genesis", "seed": 3, "status": "finished", "in_channels": 1,
+        "modality": "ct",
+    }  # fmt: skip
+    assert record["spacing_mm"] == [2, 2, 2]
+    assert record["trained"] == ["encoder", "decoder"]
+    assert record["cohort"] == {"patients": [f"p{i}" for i in range(7)], "volumes": [f"v{i}" for i in range(7)]}
+    assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == DATA
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (2, "val"), (4, "train"), (4, "val")]
+    assert {"mse", "input_mse", "mean_mse", "accuracy", "chance", "knn_accuracy"} <= set(rows[-1])
+    assert read_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 4
+    for picture in ("restorations", "learning_curves"):
+        assert (folder / "figures" / f"{picture}.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "18 patches of 3 classes; 3 patches of held-out patients" in out
+    assert "against" in out
+    assert out.splitlines()[-1] == f"The run is in {folder}; next: python -m genesis.export --workspace {workspace}"
+
+    train(workspace, "--steps", "2")  # a second one does not touch the first
+    assert (workspace / "runs" / "semantic_genesis_3d-2" / "run.json").is_file()
+    assert read_json(folder / "run.json") == record
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(workspace, "--steps", "6", "--run", "whole")
+    save = trainer.write_checkpoint
+
+    def stop_after(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        if path.name == "last.pt" and state["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "write_checkpoint", stop_after)
+    with pytest.raises(SystemExit) as stop:
+        train(workspace, "--steps", "6", "--run", "parts")
+    assert stop.value.code == 130
+    assert "go on with: python -m genesis.train --resume --run parts" in capsys.readouterr().out
+    whole, parts = workspace / "runs" / "whole", workspace / "runs" / "parts"
+    assert read_json(parts / "run.json")["status"] == "stopped"
+
+    train(workspace, "--resume", "--run", "parts", tiny=False)
+    for name in ("run.json", "config.yaml", "metrics.jsonl"):
+        assert (whole / name).read_text() == (parts / name).read_text()
+    states = [read_checkpoint(folder / "checkpoints" / "last.pt")["method"] for folder in (whole, parts)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+    train(workspace, "--resume", "--run", "parts", "--steps", "8", tiny=False)  # a finished one may go further
+    assert read_checkpoint(parts / "checkpoints" / "last.pt")["step"] == 8
+
+
+def test_classification_only_says_so(workspace: Path) -> None:
+    train(workspace, "--steps", "2", "--set", "method.lambda_rec=0")
+    folder = workspace / "runs" / "semantic_genesis_3d"
+    assert read_json(folder / "run.json")["trained"] == ["encoder"]
+    assert not (folder / "figures" / "restorations.png").exists()
+
+
+def test_train_before_discover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    assert stop.value.code == 2
+    assert "make them first with: python -m genesis.discover --dim 3d" in capsys.readouterr().err
+
+
+def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) -> None:
+    message = refused("--set", "data.patch_size=[32,32,32]")
+    assert "data.patch_size is [32, 32, 32], but discovery used [16, 16, 16]" in message
+    assert "data.patch_size is [64, 64, 32], but" in refused("--config", "semantic_genesis_3d")
+
+
+def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
+    train(workspace, "--steps", "1", "--set", "data.patch_size=[16,16,16]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dim", "2d"], "make them first with: python -m genesis.discover --dim 2d"),
+        (["--config", "semantic_genesis_2d"], "is 2D; pass --dim 2d"),
+        (["--steps", "0"], "train.steps: Input should be greater than 0 (got 0)"),
+        (["--set", "network.strides=[2,2]"], "must have one number fewer than"),
+        (["--set", "network.channels=[4,8,16,32,64,128]", "--set", "network.strides=[2,2,2,2,2]"], "multiples of 32"),
+        (
+            ["--set", "network.channels=[4,8,8,8,8]", "--set", "network.strides=[2,2,2,2]"],
+            "at least one of them larger",
+        ),
+        (["--run", "a/b"], "no slashes"),
+        (["--resume"], "--config and --set belong to a new run"),
+        (["--set", "method.lambda_rec=0", "--set", "method.lambda_cls=0"], "nothing would be learned."),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], words: str, refused: Callable[..., str]) -> None:
+    assert words in refused(*arguments)
+
+
+def test_resuming_what_is_not_there(refused: Callable[..., str]) -> None:
+    assert "There is no train run" in refused("--resume", tiny=False)
+    assert "There is no run 'x'" in refused("--resume", "--run", "x", tiny=False)
+
+
+def test_a_taken_name_and_a_changed_discovery(workspace: Path, refused: Callable[..., str]) -> None:
+    train(workspace, "--steps", "1", "--run", "first")
+    assert "There is a run first" in refused("--run", "first")
+    make_discovery(workspace / "discovery" / "3d", DATA, shift=2.0)
+    assert "made anew since" in refused("--resume", "--run", "first", tiny=False)
+
+
+def test_a_damaged_table(workspace: Path, refused: Callable[..., str]) -> None:
+    table = workspace / "discovery" / "3d" / "pseudo_labels.csv"
+    table.write_text(table.read_text().replace("20.0", "21.0", 1))
+    assert "pseudo_labels.csv is damaged" in refused()
