@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         status = "finished"
     except KeyboardInterrupt:
         fabric.print(f"Stopped; go on with: python -m genesis.train --resume --run {folder.name}{where}")
-        raise
+        raise SystemExit(130) from None
     finally:
         if fabric.is_global_zero:
             _write_run(folder, config, {**record, "status": status})
@@ -279,7 +279,7 @@ def _draw(
 def _summary(result: FitResult) -> str:
     """The best step in words."""
     figures = result.metrics
-    lines = [f"Stopped after step {result.step}; the best is step {result.best_step}, loss {result.best_loss:.4g}."]
+    lines = [f"Trained {result.step} steps; the best is step {result.best_step}, loss {result.best_loss:.4g}."]
     if "input_mse" in figures:
         lines.append(
             f"  restoration error {figures['mse']:.4g}, against {figures['input_mse']:.4g} for the corrupted patch "
