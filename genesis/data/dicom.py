@@ -1,5 +1,5 @@
-"""DICOM series → one volume. SimpleITK decodes each file (and applies its rescale); the geometry is put together here,
-because ITK gives a series of uneven or tilted slices one spacing without a word.
+"""DICOM series → one volume. SimpleITK decodes each file, applies its rescale and makes white high; the geometry is put
+together here, because ITK gives a series of uneven or tilted slices one spacing without a word.
 """
 
 import math
@@ -76,8 +76,6 @@ def read_series(files: Sequence[Path]) -> Raw:
     check_size((*first.size, len(headers)), 1, None, compressed=True)
     slices = [headers[i].pixels() for i in order]
     array = np.stack(slices, axis=-1).transpose(1, 0, 2)[None]
-    if first.text("0028|0004") == "MONOCHROME1":  # white is low: turned over, so that air is dark as everywhere
-        array = (array.max() + array.min() - array).astype(array.dtype)
     return Raw(array, LPS_TO_RAS @ affine, first.patient, notes)
 
 
