@@ -24,11 +24,13 @@ from .config import Config, DiscoveryConfig, load_config
 from .data.patches import Endless, WholeVolumes, resolve_spacing
 from .data.phantom import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
+from .discovery.anatomy import carried_anatomy
 from .discovery.anchors import Anchor, choose_anchors
+from .discovery.body import coarse_step_mm
 from .discovery.classes import Neighbour, make_classes
 from .discovery.latents import Reconstruction, effective_rank, encode
 from .discovery.neighbours import nearest_patients
-from .discovery.quality import measure
+from .discovery.quality import coverage, similarity
 from .engine.launch import launch
 from .engine.optimizer import OptimizerSettings
 from .engine.trainer import fit
@@ -115,35 +117,33 @@ def _discover(
     """Write everything but the checksums into `folder`; return discovery.json."""
     settings, seed = config.discovery, options.seed
     metas = [*train, *held_out]
-    patch: dict[str, Any] = {
-        "patch_size": config.data.patch_size,
-        "spacing_mm": spacing,
-        "window_hu": config.data.window_hu,
-    }
+    box: dict[str, Any] = {"patch_size": config.data.patch_size, "spacing_mm": spacing}
+    look = {**box, "window_hu": config.data.window_hu}
+    step = {"step_mm": coarse_step_mm(train)}
+    rule: dict[str, Any] = {"min_score": settings.min_score, **box, **step}
     (folder / "figures").mkdir()
     (folder / "config.yaml").write_text(config.dump())
     method = _train_autoencoder(store, train, held_out, config, folder, options)
-    anchors = _anchors(store, train, settings, patch, seed)
+    anchors = _anchors(store, train, settings, {**box, **step}, seed)
     latents = _latents(method, store, metas, config, anchors, folder, options)
     neighbours = _neighbours(metas, len(train), anchors, latents, settings)
     pairs = {(anchors[number].reference, near.volume) for number, found in neighbours.items() for near in found}
     with progress("matching anchors", len(pairs), "pairs") as bar:
-        classes = make_classes(
-            store, anchors, neighbours,
-            space=settings.anchor_space, min_score=settings.min_score, advance=bar.advance, **patch,
-        )  # fmt: skip
+        classes = make_classes(store, anchors, neighbours, space=settings.anchor_space, advance=bar.advance, **rule)
     table = classes.table
     table.write(folder / "pseudo_labels.csv")
-    quality = measure(store, table, space=settings.anchor_space, seed=seed, **patch)
-    quality["matches"] = {
-        "count": len(classes.scores),
-        "dropped": classes.dropped,
-        "median_score": float(np.median(classes.scores)) if classes.scores else None,
+    draw_classes(store, table, folder / "figures" / "classes.png", **look)
+    draw_anchors(store, table, folder / "figures" / "anchors.png", **box, **step)
+    places = torch.tensor([anchor.body for anchor in anchors])
+    of_volume = dict(zip((meta.volume for meta in metas), latents.mean(1), strict=True))
+    quality = {
+        "similarity": similarity(store, table, **look),
+        **coverage(store, table, **box, **step),
+        "matches": classes.matches(),
+        "anatomy": carried_anatomy(store, of_volume, places, seed=seed, **rule),
+        "latents": {"effective_rank": effective_rank(torch.from_numpy(latents[: len(train), 0]))},
     }
-    quality["latents"] = {"effective_rank": effective_rank(torch.from_numpy(latents[: len(train), 0]))}
     write_json(folder / "quality.json", quality)
-    draw_classes(store, table, folder / "figures" / "classes.png", **patch)
-    draw_anchors(store, table, folder / "figures" / "anchors.png", **patch)
     record = {
         "schema": 1,
         "dim": options.dim,

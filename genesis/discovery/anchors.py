@@ -6,18 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from scipy import ndimage
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
-from ..data.foreground import foreground_mask
-from ..data.patches import cut
-from ..data.store import Volume, VolumeMeta, VolumeStore
+from ..data.pseudo_labels import PseudoLabels
+from ..data.store import Volume, VolumeStore
 from ..seeding import generator
+from .body import body_box, coarse, from_body, to_body
 
-COARSE_MM = 4.0  # voxel size at which the body is looked at
 NEAR = 5 / 64  # anchors closer than this share of a patch are too alike (published: 5 voxels of a patch of 64)
-FLAT = 0.02  # a patch whose intensities, in [0, 1], vary less holds no anatomy
+FLAT = 0.01  # a patch whose intensities, in [0, 1], vary less holds no anatomy
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def choose_anchors(
     *,
     patch_size: Sequence[int],
     spacing_mm: Sequence[float] | None,
-    window_hu: tuple[float, float] | None,
+    step_mm: float,
     min_tissue: float,
     seed: int,
 ) -> list[Anchor]:
@@ -46,9 +45,7 @@ def choose_anchors(
     place that is farthest, in patches, from those before (farthest-point sampling in body coordinates).
     """
     chosen: list[Anchor] = []
-    places = lru_cache(maxsize=2)(
-        lambda volume: _eligible(store[volume], patch_size, spacing_mm, window_hu, min_tissue)
-    )
+    places = lru_cache(maxsize=2)(lambda volume: _eligible(store[volume], patch_size, spacing_mm, step_mm, min_tissue))
     for number, volume in enumerate(references):
         meta = store[volume].meta
         centres = places(volume)
@@ -59,7 +56,7 @@ def choose_anchors(
         body = to_body(centres, meta)
         index = 0
         if chosen:
-            reach = torch.tensor(_spread_mm(patch_size, spacing_mm or meta.spacing_mm)) / _body_mm(meta)
+            reach = torch.tensor(spread_mm(patch_size, spacing_mm or meta.spacing_mm)) / body_box(meta)[1]
             earlier = torch.tensor([anchor.body for anchor in chosen])
             nearest = torch.cdist(body / reach, earlier / reach).amin(1)
             index = int(nearest.argmax())
@@ -69,79 +66,51 @@ def choose_anchors(
     return chosen
 
 
-def to_body(points_mm: Float[Tensor, "n 3"], meta: VolumeMeta) -> Float[Tensor, "n 3"]:
-    """Own mm → position relative to the foreground box, 0 at its lower and 1 at its upper end."""
-    return (points_mm - _body_low(meta)) / _body_mm(meta)
+def anchor_centres(store: VolumeStore, table: PseudoLabels) -> tuple[Volume, Float[Tensor, "n 3"]]:
+    """The first class's reference, and the centre of every class's anchor in it, in own mm.
 
-
-def from_body(positions: Float[Tensor, "n 3"], meta: VolumeMeta) -> Float[Tensor, "n 3"]:
-    """The inverse of `to_body`."""
-    return positions * _body_mm(meta) + _body_low(meta)
-
-
-def coarse(
-    volume: Volume, window_hu: tuple[float, float] | None, step_mm: float = COARSE_MM
-) -> tuple[Float[Tensor, "c x y z"], Float[Tensor, " 3"]]:
-    """A whole volume in [0, 1] at about `step_mm`, and its exact voxel size in mm.
-
-    Its voxel (0, 0, 0) has its centre half a coarse minus half a stored voxel from the origin of the own space.
+    The anchors of other references are taken there by their position in the body.
     """
-    shape, spacing = volume.meta.shape[1:], volume.meta.spacing_mm
-    extent = [n * step for n, step in zip(shape, spacing, strict=True)]
-    size = [max(1, round(length / step_mm)) for length in extent]
-    centre = [(n - 1) / 2 * step for n, step in zip(shape, spacing, strict=True)]
-    return cut(volume, centre, extent, size, window_hu), torch.tensor(extent) / torch.tensor(size)
+    rows = np.flatnonzero((table.rank == 0) & (table.split == "train"))
+    first = store[str(table.volume[rows[0]])]
+    points = [torch.tensor(table.centre_mm[[row]], dtype=torch.float32) for row in rows]
+    metas = [store[str(table.volume[row])].meta for row in rows]
+    centres = [from_body(to_body(point, meta), first.meta) for point, meta in zip(points, metas, strict=True)]
+    return first, torch.cat(centres)
 
 
-def body_mask(image: Float[Tensor, "c x y z"], spacing_mm: Sequence[float], meta: VolumeMeta) -> Bool[Tensor, "x y z"]:
-    """The body in a coarse image, its air-filled organs included."""
-    mask = foreground_mask(image[0].numpy(), tuple(spacing_mm), meta.modality)
-    filled = ndimage.binary_fill_holes(mask, structure=np.ones((3, 3, 1)) > 0) if mask.shape[2] > 1 else mask
-    return torch.from_numpy(np.asarray(filled))
+def spread_mm(patch_size: Sequence[int], spacing_mm: Sequence[float]) -> tuple[float, ...]:
+    """The patch's extent, by which distances between anchors are measured; slices have that of their shorter side."""
+    extent = [n * step for n, step in zip(patch_size, spacing_mm, strict=False)]
+    return tuple(extent) if len(extent) == 3 else (*extent, min(extent))
 
 
 def _eligible(
     volume: Volume,
     patch_size: Sequence[int],
     spacing_mm: Sequence[float] | None,
-    window_hu: tuple[float, float] | None,
+    step_mm: float,
     min_tissue: float,
 ) -> Float[Tensor, "n 3"]:
     """Centres, in own mm, on the coarse grid, at which a patch may be cut."""
-    image, step = coarse(volume, window_hu)
-    inside = body_mask(image, step.tolist(), volume.meta)
+    copy = coarse(volume, step_mm)
+    body = copy.body()
     spacing = spacing_mm or volume.meta.spacing_mm
-    patch_mm = [n * s for n, s in zip(patch_size, spacing, strict=False)]
-    side = [max(1, round(length / float(s))) for length, s in zip((*patch_mm, 0.0), step, strict=False)]
-    side = [min(n, m) for n, m in zip(side, inside.shape, strict=True)]
-    tissue = _box_mean(inside.float(), side)
-    mean, square = _box_mean(image[0], side), _box_mean(image[0] ** 2, side)
+    patch_mm = [n * step for n, step in zip(patch_size, spacing, strict=False)]
+    side = [max(1, round(length / step_mm)) for length in (*patch_mm, 0.0)[:3]]
+    side = [min(n, m) for n, m in zip(side, body.shape, strict=True)]
+    tissue = _box_mean(body.float(), side)
+    mean, square = _box_mean(copy.image[0], side), _box_mean(copy.image[0] ** 2, side)
     good = (tissue >= min_tissue) & ((square - mean**2).clamp(min=0).sqrt() > FLAT)
     places = good.nonzero() + (torch.tensor(side) - 1) / 2
-    origin = (step - torch.tensor(volume.meta.spacing_mm)) / 2
-    return places * step + origin
+    return places * step_mm + copy.origin_mm
 
 
 def _box_mean(x: Float[Tensor, "x y z"], side: Sequence[int]) -> Float[Tensor, "u v w"]:
     """Means of all boxes that lie within `x`, by their lower corner."""
-    return torch.nn.functional.avg_pool3d(x[None, None], tuple(side), stride=1)[0, 0]
-
-
-def _spread_mm(patch_size: Sequence[int], spacing_mm: Sequence[float]) -> tuple[float, ...]:
-    """The patch's extent, by which distances between anchors are measured; slices have that of their shorter side."""
-    extent = [n * step for n, step in zip(patch_size, spacing_mm, strict=False)]
-    return tuple(extent) if len(extent) == 3 else (*extent, min(extent))
-
-
-def _body_low(meta: VolumeMeta) -> Float[Tensor, " 3"]:
-    return torch.tensor(
-        [(low - 0.5) * step for (low, _), step in zip(meta.foreground_box, meta.spacing_mm, strict=True)]
-    )
-
-
-def _body_mm(meta: VolumeMeta) -> Float[Tensor, " 3"]:
-    box = zip(meta.foreground_box, meta.spacing_mm, strict=True)
-    return torch.tensor([(high - low) * step for (low, high), step in box])
+    for axis, n in enumerate(side):
+        x = F.avg_pool3d(x[None], [n if axis == other else 1 for other in range(3)], stride=1)[0]
+    return x
 
 
 def _triple(point: Float[Tensor, " 3"]) -> tuple[float, float, float]:

@@ -3,14 +3,14 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
 
 from ..data.pseudo_labels import PseudoLabels
 from ..data.store import VolumeStore
 from .anchors import Anchor
-from .matching import carry
+from .matching import Space, carry
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,25 @@ class Classes:
     scores: list[float]  # of all matches, kept or dropped; the references not counted
     dropped: int
 
+    def matches(self) -> dict[str, float]:
+        """How many matches there were, the share that was dropped, and quantiles of their scores."""
+        if not self.scores:
+            return {"count": 0}
+        low, median, high = np.quantile(self.scores, (0.1, 0.5, 0.9)).tolist()
+        share = self.dropped / len(self.scores)
+        return {"count": len(self.scores), "dropped": share, "p10": low, "median": median, "p90": high}
+
 
 def make_classes(
     store: VolumeStore,
     anchors: Sequence[Anchor],
     neighbours: Mapping[int, Sequence[Neighbour]],
     *,
-    space: Literal["voxel", "body", "matched"],
+    space: Space,
     min_score: float,
     patch_size: Sequence[int],
     spacing_mm: Sequence[float] | None,
-    window_hu: tuple[float, float] | None,
+    step_mm: float,
     advance: Callable[[], None],
 ) -> Classes:
     """The table of pseudo-labels: class c is `anchors[c]` in each of `neighbours[c]`.
@@ -56,12 +64,12 @@ def make_classes(
     rows: list[dict[str, object]] = []
     scores: list[float] = []
     dropped = 0
-    for (reference, volume), members in pairs.items():
+    for (reference, volume), members in sorted(pairs.items(), key=lambda pair: pair[0][1]):  # each is read once
         points = torch.tensor([anchors[number].centre_mm for number, _ in members])
         if volume == reference:
             places, score = points, torch.ones(len(points))
         else:
-            places, score = carry(points, store[reference], store[volume], space=space, window_hu=window_hu)
+            places, score = carry(points, store[reference], store[volume], space=space, step_mm=step_mm)
             scores += score.tolist()
         meta = store[volume].meta
         for (number, neighbour), centre, value in zip(members, places.tolist(), score.tolist(), strict=True):
