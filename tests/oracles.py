@@ -4,11 +4,12 @@ Images are float arrays (C, *spatial) in [0, 1]. They are also what the transfor
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.floating]
+Image = NDArray[Any]
 Random = np.random.Generator
 
 
@@ -16,7 +17,7 @@ def flip(x: Image, rng: Random, rate: float = 0.4) -> Image:
     for _ in range(3):
         if rng.random() >= rate:
             break
-        x = np.flip(x, axis=1 + rng.integers(x.ndim - 1))
+        x = np.flip(x, axis=1 + int(rng.integers(x.ndim - 1)))
     return x.copy()
 
 
@@ -56,9 +57,9 @@ def nonlinear(x: Image, rng: Random) -> Image:
 def _box(spatial: tuple[int, ...], rng: Random, low: list[int], high: list[int]) -> tuple[slice, ...]:
     box = []
     for dim, smallest, largest in zip(spatial, low, high, strict=True):
-        side = rng.integers(smallest, largest, endpoint=True)
+        side = int(rng.integers(smallest, largest, endpoint=True))
         margin = min(3, (dim - side) // 2)
-        corner = rng.integers(margin, dim - side - margin, endpoint=True)
+        corner = int(rng.integers(margin, dim - side - margin, endpoint=True))
         box.append(slice(corner, corner + side))
     return tuple(box)
 

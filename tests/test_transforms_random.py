@@ -26,6 +26,10 @@ def draws(seed: int, batch: int = 64, count: int = 4096) -> np.ndarray:
     return BatchGenerator.from_seed(seed, batch).uniform(count).double().numpy()
 
 
+def child_draws(seed: int, index: int) -> np.ndarray:
+    return BatchGenerator.from_seed(seed, 64).child(index).uniform(4096).double().numpy()
+
+
 CHECKS = {
     "within a stream": lambda s: uniformity(draws(s)[0]),
     "across keys": lambda s: uniformity(draws(s, 4096, 8)[:, 5]),
@@ -35,13 +39,9 @@ CHECKS = {
     "keys that differ in one bit": lambda s: uniformity(
         BatchGenerator(torch.tensor([s] + [s ^ (1 << bit) for bit in range(63)])).uniform(2048).double().numpy()
     ),
-    "a child": lambda s: uniformity(BatchGenerator.from_seed(s, 64).child(0).uniform(4096).double().numpy()),
-    "child and parent": lambda s: independence(
-        draws(s), BatchGenerator.from_seed(s, 64).child(0).uniform(4096).double().numpy()
-    ),
-    "two children": lambda s: independence(
-        *(BatchGenerator.from_seed(s, 64).child(i).uniform(4096).double().numpy() for i in (0, 1))
-    ),
+    "a child": lambda s: uniformity(child_draws(s, 0)),
+    "child and parent": lambda s: independence(draws(s), child_draws(s, 0)),
+    "two children": lambda s: independence(child_draws(s, 0), child_draws(s, 1)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -31,5 +32,9 @@ class Flip(Transform[Tensor]):
 
     def apply(self, x: Float[Tensor, "b c *spatial"], params: Bool[Tensor, "b axes"]) -> Float[Tensor, "b c *spatial"]:
         for axis, drawn in enumerate(params.unbind(1), start=2):
-            x = change_some(x, drawn, lambda images, _, axis=axis: images.flip(axis))
+            x = change_some(x, drawn, partial(_mirror, axis))
         return x
+
+
+def _mirror(axis: int, images: Tensor, samples: Tensor) -> Tensor:
+    return images.flip(axis)

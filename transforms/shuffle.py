@@ -36,7 +36,7 @@ class LocalShuffle(Transform[Tensor]):
         batch, _, *spatial = shape
         forms = _forms(tuple(spatial), generator.device)
         # Off the CPU the number of slots must not depend on the draws: the host would have to wait for the device.
-        slots = None if generator.device.type == "cpu" else batch * forms.slots
+        slots = None if generator.device.type == "cpu" else forms.slots(batch)
         source = _sources(_draw(forms, generator, slots), forms).view(batch, -1)
         first = torch.arange(0, source.numel(), source.shape[1], device=source.device)
         return source.long().sub_(first.unsqueeze(1)).view(batch, *spatial)
@@ -53,12 +53,17 @@ class _Forms(NamedTuple):
 
     spatial: tuple[int, ...]
     windows: int  # per image
-    slots: int  # per image, upper bound of the windows' volumes in all
+    mean: float  # of the windows' volumes
+    variance: float
     dtype: torch.dtype  # integers that hold twice the largest volume
     volumes: Int32[Tensor, "forms"]
     places: Float[Tensor, "axes forms"]  # how many along each axis
     starts: Int32[Tensor, "forms"]  # of each form in the offsets
     offsets: Int32[Tensor, "offsets"]  # flat indices of the voxels of each form relative to its corner, and a last 0
+
+    def slots(self, batch: int) -> int:
+        """The voxels of all windows of a batch, an upper bound: the mean and eight standard deviations."""
+        return math.ceil(batch * self.windows * self.mean + 8 * math.sqrt(batch * self.windows * self.variance))
 
 
 class _Windows(NamedTuple):
@@ -82,9 +87,6 @@ def _forms(spatial: tuple[int, ...], device: torch.device) -> _Forms:
     mean = math.prod((1 + side) / 2 for side in longest)
     variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in longest) - mean**2
     windows = 10_000 if spatial == (64, 64, 32) else round(COVERAGE * math.prod(spatial) / mean)
-    slots = math.ceil(
-        windows * mean + 8 * math.sqrt(windows * variance)
-    )  # more are needed less than once in 10^7 images
     sides = list(product(*(range(1, side + 1) for side in longest)))
     index = torch.arange(math.prod(spatial), dtype=torch.int32).view(spatial)
     offsets = [index[tuple(slice(side) for side in form)].flatten() for form in sides]
@@ -92,7 +94,8 @@ def _forms(spatial: tuple[int, ...], device: torch.device) -> _Forms:
     return _Forms(
         spatial,
         windows,
-        slots,
+        mean,
+        variance,
         torch.int16 if len(offsets[-1]) < 2**14 else torch.int32,
         volumes.int().to(device),
         (torch.tensor(spatial) - torch.tensor(sides) + 1).T.float().to(device),
@@ -102,7 +105,7 @@ def _forms(spatial: tuple[int, ...], device: torch.device) -> _Forms:
 
 
 def _draw(forms: _Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
-    """Random windows with `slots` in all, windows beyond them cut off; None: as many as it takes."""
+    """Random windows with `slots` in all (None: as many as they take); what goes beyond is cut off."""
     form, *places = generator.uniform(1 + len(forms.spatial), forms.windows).transpose(0, 1).flatten(1)
     words = generator.bits(WORDS // 2, forms.windows).view(torch.int16).view(len(generator), WORDS, forms.windows)
     form = (form * len(forms.volumes)).int()  # sides are independent and uniform, hence forms equally likely
@@ -131,9 +134,8 @@ def _sources(windows: _Windows, forms: _Forms) -> Int32[Tensor, "voxels"]:
     """The voxel that each voxel of the batch shows, as flat indices in the batch."""
     window = torch.repeat_interleave(windows.volumes, output_size=windows.slots)
     slot = torch.arange(windows.slots, dtype=torch.int32, device=window.device)
-    offset = (
-        (windows.starts - windows.first_slots).index_select(0, window).add_(slot).clamp_(max=len(forms.offsets) - 1)
-    )
+    offset = (windows.starts - windows.first_slots).index_select(0, window).add_(slot)
+    offset.clamp_(max=len(forms.offsets) - 1)
     voxel = forms.offsets.index_select(0, offset).add_(windows.corners.index_select(0, window))
     own = torch.arange(windows.images * math.prod(forms.spatial), dtype=torch.int32, device=window.device)
     shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
