@@ -20,6 +20,9 @@ def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], m
     steps = [max(1, min(round(COARSE_MM / mm), side)) for mm, side in zip(spacing_mm, array.shape, strict=True)]
     coarse = _means(array, steps)
     coarse_mm = [step * mm for step, mm in zip(steps, spacing_mm, strict=True)]
+    coarse = ndimage.gaussian_filter(coarse, [COARSE_MM / 2 / mm for mm in coarse_mm])
+    if coarse.min() == coarse.max():
+        return np.ones(array.shape, dtype=bool)
     mask = _largest(_ct_body(coarse, coarse_mm) if modality == "ct" else _not_air(coarse))
     mask = _without_holes(mask)
     if not mask.any():
@@ -50,7 +53,7 @@ def _means(array: np.ndarray, steps: list[int]) -> np.ndarray:
 
 
 def _ct_body(coarse: np.ndarray, coarse_mm: list[float]) -> np.ndarray:
-    dense = _without_holes(ndimage.gaussian_filter(coarse, [COARSE_MM / 2 / mm for mm in coarse_mm]) > BODY_HU)
+    dense = _without_holes(coarse > BODY_HU)
     # A sheet of thickness t, blurred by σ, stays below one half where t < 1.35 σ: an opening, but quick.
     return ndimage.gaussian_filter(dense.astype(np.float32), [TABLE_MM / 1.35 / mm for mm in coarse_mm]) > 0.5
 

@@ -43,6 +43,8 @@ def _scale(channel: np.ndarray) -> tuple[float, float]:
     if high - low <= STEPS and (channel.dtype.kind in "iu" or np.array_equal(channel, np.rint(channel))):
         fits = low >= LOWEST and high <= LOWEST + STEPS
         return 1.0, 0.0 if fits else low - LOWEST
+    if low == high:
+        return 1.0, low
     p_low, p_high = (float(value) for value in np.percentile(channel, (0.1, 99.9)))
     whole, core = (high - low) / STEPS, (p_high - p_low) / FINENESS
     if core == 0 or whole <= core:

@@ -1,0 +1,33 @@
+"""Processes that read scans. Tasks are defined in a module that imports little, for every process imports it."""
+
+import os
+
+import pytest
+
+from genesis.data.workers import in_processes
+
+
+def three_dies(number: int) -> int:
+    """The square; 3 kills its process."""
+    if number == 3:
+        os._exit(1)
+    return number * number
+
+
+def fails(number: int) -> int:
+    raise ValueError(f"{number} is no good")
+
+
+def test_a_task_that_kills_its_process_is_named_and_the_others_go_on() -> None:
+    assert list(in_processes(three_dies, range(6), 2, lambda task: -task)) == [0, 1, 4, -3, 16, 25]
+
+
+def test_exceptions_arrive() -> None:
+    with pytest.raises(ValueError, match="0 is no good"):
+        list(in_processes(fails, range(3), 2, lambda task: task))
+
+
+def test_one_worker_is_this_process() -> None:
+    assert list(in_processes(lambda number: (number, os.getpid()), [7], 4, lambda task: (task, 0))) == [
+        (7, os.getpid())
+    ]
