@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from genesis.transforms import BatchGenerator, BezierNonlinearity, Flip, InPaint, LocalShuffle, OutPaint, Paint
-from genesis.transforms.paint import Fill, _intervals
+from genesis.transforms.paint import Fill, _boxes
 from genesis.transforms.shuffle import _forms
 
 Array = NDArray[Any]
@@ -145,7 +145,7 @@ def test_control_points_are_uniform() -> None:
 
 def boxes(outside: bool, spatial: tuple[int, ...], images: int) -> list[list[tuple[slice, ...]]]:
     """The boxes of each image, as the oracle returns them."""
-    intervals = _intervals(spatial, generator(images), torch.full((images,), outside))
+    _, intervals = _boxes(spatial, generator(images), float(outside))
     result = []
     for image in range(images):
         found = []

@@ -1,6 +1,7 @@
 """The corruption that self-restoration undoes (Zhou et al., Models Genesis, MICCAI 2019)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,19 +38,19 @@ class Corruption:
         self, x: Float[Tensor, "b c *spatial"], generator: BatchGenerator
     ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
         """The corrupted images and what to restore: the flipped, otherwise untouched images."""
-        target = Flip(self.flip)(x, generator.child(0)) if self.flip else x
         steps: list[tuple[float, Transform]] = [
             (self.shuffle, LocalShuffle()),
             (self.nonlinear, BezierNonlinearity()),
             (self.paint, Paint(self.outpaint, self.paint_fill)),
         ]
-        corrupted = target
-        for index, (rate, transform) in enumerate(steps, start=1):
+        own, *streams = generator.split(1 + len(steps))  # a rate changes nothing about the other transforms
+        chances = generator.uniform(len(steps)).unbind(1)
+        corrupted = target = Flip(self.flip)(x, own) if self.flip > 0 else x
+        for (rate, transform), chance, stream in zip(steps, chances, streams, strict=True):
             if rate > 0:
-                corrupted = _at_rate(rate, transform, corrupted, generator.child(index))
+                corrupted = change_some(corrupted, chance < rate, partial(_on, transform, stream))
         return corrupted, target
 
 
-def _at_rate(rate: float, transform: Transform, x: Tensor, generator: BatchGenerator) -> Tensor:
-    drawn = generator.uniform() < rate
-    return change_some(x, drawn, lambda images, samples: transform(images, generator.select(samples)))
+def _on(transform: Transform, generator: BatchGenerator, images: Tensor, samples: Tensor) -> Tensor:
+    return transform(images, generator.select(samples))

@@ -32,7 +32,8 @@ class BezierNonlinearity(Transform[Curve]):
     """
 
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Curve:
-        return Curve(generator.uniform(2, 2), generator.uniform() < 0.5)
+        draws = generator.uniform(5)
+        return Curve(draws[:, :4].view(-1, 2, 2), draws[:, 4] < 0.5)
 
     def apply(self, x: Float[Tensor, "b c *spatial"], params: Curve) -> Float[Tensor, "b c *spatial"]:
         table = _table(params)

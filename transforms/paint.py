@@ -40,7 +40,7 @@ class InPaint(_Paint):
     fill: Fill = "voxel"
 
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Painting:
-        return _sample(shape, generator, generator.uniform() < 0, self.fill)
+        return _sample(shape, generator, 0.0, self.fill)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OutPaint(_Paint):
     fill: Fill = "voxel"
 
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Painting:
-        return _sample(shape, generator, generator.uniform() < 1, self.fill)
+        return _sample(shape, generator, 1.0, self.fill)
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,12 @@ class Paint(_Paint):
     fill: Fill = "voxel"
 
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Painting:
-        return _sample(shape, generator, generator.uniform() < self.outpaint, self.fill)
+        return _sample(shape, generator, self.outpaint, self.fill)
 
 
-def _sample(shape: Sequence[int], generator: BatchGenerator, outside: Bool[Tensor, "b"], fill: Fill) -> Painting:
-    """Paintings of the outside or the inside of boxes."""
+def _sample(shape: Sequence[int], generator: BatchGenerator, outpaint: float, fill: Fill) -> Painting:
     batch, channels, *spatial = shape
-    *leading, trailing = _intervals(tuple(spatial), generator, outside)
+    outside, (*leading, trailing) = _boxes(tuple(spatial), generator, outpaint)
     # A box is a product of intervals, so one matrix product tells which boxes cover each voxel, as a sum of 2^box; the
     # sum is negative where the outside is painted.
     sign = 1 - 2 * outside.view(-1, 1, 1).float()
@@ -88,21 +87,25 @@ def _sample(shape: Sequence[int], generator: BatchGenerator, outside: Bool[Tenso
     return Painting(painted, generator.uniform(channels, BOXES).gather(2, latest).view(batch, channels, *spatial))
 
 
-def _intervals(
-    spatial: tuple[int, ...], generator: BatchGenerator, outside: Bool[Tensor, "b"]
-) -> list[Float[Tensor, "b boxes dim"]]:
-    """Per axis 1 where a box covers it, otherwise 0. A box that does not exist covers nothing."""
+def _boxes(
+    spatial: tuple[int, ...], generator: BatchGenerator, outpaint: float
+) -> tuple[Bool[Tensor, "b"], list[Float[Tensor, "b boxes dim"]]]:
+    """Whether the outside of the boxes is to be painted, and per axis 1 where a box covers it, otherwise 0.
+
+    A box that does not exist covers nothing.
+    """
+    draws = generator.uniform(2 + 2 * len(spatial), BOXES)
+    outside = draws[:, 0, 0] < outpaint
     low, choices, dims = _sides(spatial, generator.device)[outside.long()].unsqueeze(3).unbind(1)
-    draws = generator.uniform(1 + 2 * len(spatial), BOXES)
-    side = low + (draws[:, 1::2] * choices).floor()
+    side = low + (draws[:, 2::2] * choices).floor()
     margin = ((dims - side) / 2).floor().clamp(max=MARGIN)
-    first = margin + (draws[:, 2::2] * (dims - side - 2 * margin + 1)).floor()
-    exists = draws[:, 0] < MORE
+    first = margin + (draws[:, 3::2] * (dims - side - 2 * margin + 1)).floor()
+    exists = draws[:, 1] < MORE
     exists[:, 0] |= outside
     end = torch.where(exists.cumprod(1).bool().unsqueeze(1), first + side, 0)
     voxels = [torch.arange(dim, device=generator.device) for dim in spatial]
     bounds = zip(first.unsqueeze(3).unbind(1), end.unsqueeze(3).unbind(1), voxels, strict=True)
-    return [((voxel >= start) & (voxel < stop)).float() for start, stop, voxel in bounds]
+    return outside, [((voxel >= start) & (voxel < stop)).float() for start, stop, voxel in bounds]
 
 
 @lru_cache

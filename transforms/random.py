@@ -23,8 +23,7 @@ class BatchGenerator:
 
     def __init__(self, keys: Int64[Tensor, "b"]) -> None:
         low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)
-        low = low ^ _mix(high + WEYL)  # a Feistel network, so different keys stay different pairs of words
-        high = high ^ _mix(low)
+        high = high ^ _mix(low + WEYL)  # two rounds of a Feistel network: different keys stay different
         low = low ^ _mix(high)
         self._words = torch.stack((low, high), dim=1)
         self._count = 0
@@ -42,9 +41,9 @@ class BatchGenerator:
     def __len__(self) -> int:
         return len(self._words)
 
-    def child(self, index: int) -> "BatchGenerator":
-        """Further streams of the same samples; they depend on `index` (≥ 0), not on what was drawn so far."""
-        return self._derived(_mix(self._words + _wrap((index + 1) * WEYL)), 0)
+    def split(self, count: int) -> list["BatchGenerator"]:
+        """Generators of `count` further, independent streams of each sample."""
+        return [self._derived(words, 0) for words in self.bits(count, 2).unbind(1)]
 
     def select(self, samples: Int64[Tensor, "n"]) -> "BatchGenerator":
         """The streams of some of the samples, at the same position."""
