@@ -105,19 +105,19 @@ def _newest_package(workspace: Workspace) -> Path:
 
 def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Card) -> tuple[VolumeStore, str]:
     """The store of the labelled scans, made if need be, and a name for it."""
-    if options.data is not None:
-        data = Path(options.data)
-        source, sample = data.resolve(), False
-        shown = source.parent.name if source.suffix == ".json" else source.stem
-        name = f"{shown}-{hashlib.blake2b(str(source).encode(), digest_size=4).hexdigest()}"
-    elif (workspace.store / "audit.json").is_file():
+    data = Path(options.data) if options.data is not None else None
+    if data is None and (workspace.store / "audit.json").is_file():
         store = VolumeStore(workspace.store)
         return store, "sample" if store.sample else "store"
-    else:
+    if data is None:
         print("No --data and no store in the workspace: fine-tuning on the embedded sample cohort (phantoms).")
-        data, sample, name = workspace.sample / "dataset.json", True, "sample"
+        data = workspace.sample / "dataset.json"
         if not data.is_file():
             write_sample_cohort(workspace.sample)
+    source = data.resolve()
+    sample = source.is_relative_to(workspace.sample.resolve())
+    shown = source.parent.name if source.name == "dataset.json" else source.name.partition(".")[0]
+    name = f"{shown}-{hashlib.blake2b(str(source).encode(), digest_size=4).hexdigest()}"
     prepare(
         data,
         workspace.labelled(name),
@@ -125,6 +125,7 @@ def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Car
         modality=options.modality or card.data.modality,
         channels=options.channels,
         sample=sample,
+        labelled_only=True,
     )
     return VolumeStore(workspace.labelled(name)), name
 
@@ -208,7 +209,10 @@ def _report_cases(cases: Sequence[VolumeMeta], splits: Splits, card: Card) -> No
             f"{len(leaked)} of {len(patients)} test patients were seen in pretraining, for instance {min(leaked)}: "
             "results on them would mean nothing. Pretrain with --exclude FILE, or give other test cases."
         )
-    print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
+    if seen.patients:
+        print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
+    else:
+        print("Whether pretraining saw the test patients is not known: the package names no patients.")
 
 
 def _load_once(experiment: Experiment) -> None:
@@ -252,3 +256,11 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     record |= {"seed": seed, "status": "running"}
     write_json(path, record)
     return record
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["finetune", *sys.argv[1:]])

@@ -72,13 +72,15 @@ def prepare(
     channels: str | None = None,
     exclude: str | None = None,
     sample: bool = False,
+    labelled_only: bool = False,
     workers: int | None = None,
 ) -> Audit:
     """Bring a store up to date with the scans at `data`; prints the audit, writes it, and returns it.
 
     Volumes that came from elsewhere stay, but those of the sample cohort make way for others. `exclude` is a file of
-    patients and cases never to be seen; without one the store's earlier list holds. Raises `UserError` when nothing can
-    be read, or when a label map does not fit its image; all other scans are in the store by then.
+    patients and cases never to be seen; without one the store's earlier list holds. `labelled_only` passes over scans
+    without label map and target. Raises `UserError` when nothing can be read, or when a label map does not fit its
+    image; all other scans are in the store by then.
     """
     cohort = find_cases(data)
     reading = Reading(modality, cohort.channels(channels), workspace.id_key())
@@ -95,7 +97,11 @@ def prepare(
     def seen(case: Case | Row) -> bool:
         return excluded.isdisjoint(_hashes((case.patient, case.name), reading.key))
 
-    wanted = [case for case in cases if seen(case)]
+    wanted = [case for case in cases if seen(case) and (case.labelled or not labelled_only)]
+    if labelled_only and not wanted:
+        raise UserError(
+            f"{data} names no labels; pass a dataset.json with label maps, or a CSV with a column label or target."
+        )
     elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
     names = {int(value): name for value, name in earlier.get("label_names", {}).items()} if elsewhere else {}
     for value in names.keys() & cohort.label_names.keys():
