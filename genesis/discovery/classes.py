@@ -1,14 +1,16 @@
 """Pseudo-labels: every anchor is carried to the nearest patients of its reference, and the places share a class."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.pseudo_labels import PseudoLabels
 from ..data.store import VolumeStore
+from ..errors import UserError
 from .anchors import Anchor
 from .matching import Space, carry
 
@@ -54,14 +56,15 @@ def make_classes(
 ) -> Classes:
     """The table of pseudo-labels: class c is `anchors[c]` in each of `neighbours[c]`.
 
-    A place whose match scores below `min_score` is dropped. Pairs of reference and neighbour are visited once, with
-    all their anchors; `advance` is called after each pair.
+    A place whose match scores below `min_score` is dropped, and a class that nothing is left of but its reference; the
+    others are numbered anew. Pairs of reference and neighbour are visited once, with all their anchors; `advance` is
+    called after each pair. Raises `UserError` when no class is left.
     """
     pairs: defaultdict[tuple[str, str], list[tuple[int, Neighbour]]] = defaultdict(list)
     for number, found in neighbours.items():
         for neighbour in found:
             pairs[anchors[number].reference, neighbour.volume].append((number, neighbour))
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     scores: list[float] = []
     dropped = 0
     for (reference, volume), members in sorted(pairs.items(), key=lambda pair: pair[0][1]):  # each is read once
@@ -84,6 +87,14 @@ def make_classes(
                 | {f"c{axis}_mm": round(value, 3) for axis, value in zip("xyz", centre, strict=True)}
             )  # fmt: skip
         advance()
+    members_of = Counter(row["class_"] for row in rows if row["split"] == "train")
+    number_of = {old: new for new, old in enumerate(sorted(old for old, count in members_of.items() if count > 1))}
+    if not number_of:
+        raise UserError(
+            f"No anchor was found again in another patient with a score of {min_score:g} or more; "
+            "lower discovery.min_score, or see whether the scans show one body region."
+        )
+    rows = [row | {"class_": number_of[row["class_"]]} for row in rows if row["class_"] in number_of]
     rows.sort(key=lambda row: (row["class_"], row["split"], row["rank"]))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Classes(PseudoLabels(**columns), scores, dropped)  # type: ignore[arg-type]
