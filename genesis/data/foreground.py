@@ -45,10 +45,9 @@ def _means(array: np.ndarray, steps: list[int]) -> np.ndarray:
     """Means of blocks, float32; what is left over at the upper ends is dropped."""
     for axis, step in enumerate(steps):
         if step > 1:
-            blocks = array.shape[axis] // step
-            array = array.take(range(blocks * step), axis) if blocks * step < array.shape[axis] else array
-            shape = (*array.shape[:axis], blocks, step, *array.shape[axis + 1 :])
-            array = array.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+            starts = np.arange(0, array.shape[axis] // step * step, step)
+            whole = array[(slice(None),) * axis + (slice(len(starts) * step),)]
+            array = np.add.reduceat(whole, starts, axis, dtype=np.float32) / np.float32(step)
     return array.astype(np.float32, copy=False)
 
 

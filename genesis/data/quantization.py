@@ -28,13 +28,16 @@ def quantize(values: np.ndarray) -> Quantized:
     scales, offsets, clipped = [], [], 0
     for channel, target in zip(values, array, strict=True):
         scale, offset = _scale(channel)
+        scales.append(scale)
+        offsets.append(offset)
+        if scale == 1 and channel.dtype.kind in "iu":
+            np.subtract(channel, int(offset), out=target, dtype=np.int64, casting="unsafe")
+            continue
         # Plane by plane, because float64 copies would be the largest arrays of all.
         for plane, stored in zip(channel, target, strict=True):
             steps = np.rint((plane.astype(np.float64) - offset) / scale)
             clipped += int(np.count_nonzero((steps < LOWEST) | (steps > LOWEST + STEPS)))
             stored[...] = np.clip(steps, LOWEST, LOWEST + STEPS)
-        scales.append(scale)
-        offsets.append(offset)
     return Quantized(array, tuple(scales), tuple(offsets), clipped / values.size)
 
 

@@ -153,7 +153,10 @@ def _oriented(raw: Raw) -> Scan:
         )
     orientation = nib.orientations.io_orientation(affine)
     shape = raw.array.shape[1:]
-    array = np.stack([nib.orientations.apply_orientation(channel, orientation) for channel in raw.array])
+    turned = [nib.orientations.apply_orientation(channel, orientation) for channel in raw.array]
+    array = np.empty((len(turned), *turned[0].shape), raw.array.dtype)  # np.stack would keep the file's order in memory
+    for channel, target in zip(turned, array, strict=True):
+        target[...] = channel
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     x, y, z = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
     return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.notes)
