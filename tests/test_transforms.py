@@ -20,6 +20,7 @@ from genesis.transforms import (
     Paint,
     Transform,
 )
+from genesis.transforms.paint import Fill
 from genesis.transforms.shuffle import WORDS, _draw, _forms, _permute, _sources
 
 TRANSFORMS: list[Transform] = [
@@ -275,6 +276,21 @@ def test_a_rate_leaves_the_other_transforms_as_they_were() -> None:
     painted = without != x
     assert torch.equal(shuffled[painted], without[painted])
     assert not torch.equal(shuffled, without)
+
+
+@pytest.mark.parametrize("spatial", [(40, 32), (40, 32, 24)])
+@pytest.mark.parametrize("fill", ["voxel", "constant"])
+def test_off_the_cpu_nothing_waits_for_data(spatial: tuple[int, ...], fill: Fill) -> None:
+    """On the meta device there are no data: whatever looked at a value would fail."""
+    x = torch.empty(3, 2, *spatial, device="meta")
+    corrupted, target = Corruption(paint_fill=fill)(x, BatchGenerator(keys(3).to("meta")))
+    assert corrupted.shape == target.shape == x.shape
+
+
+def test_a_generator_used_again_corrupts_differently() -> None:
+    x, generator = images(1, 1, 30, 30), BatchGenerator(keys(1))
+    corruption = Corruption(1.0, 1.0, 1.0, 1.0)
+    assert not torch.equal(corruption(x, generator)[0], corruption(x, generator)[0])
 
 
 @pytest.mark.gpu

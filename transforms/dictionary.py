@@ -50,12 +50,15 @@ class DictionaryTransform(RandomizableTransform, MapTransform):
         self.randomize(None)
         seed = int(self.R.randint(np.iinfo(np.int32).max))
         for key, target_key in self.key_iterator(result, self.target_keys):
-            image = convert_to_tensor(result[key], track_meta=False).unsqueeze(0)
-            changed = target = image
-            if self._do_transform:
-                changed = self.transform(image, BatchGenerator.from_seed(seed, 1, image.device))
+            changed, target = self._change(convert_to_tensor(data[key], track_meta=False), seed)
+            result[key] = convert_to_dst_type(changed, data[key])[0]
             if target_key is not None:
-                changed, target = changed if self._do_transform else (image, image)
-                result[target_key] = convert_to_dst_type(target[0], data[key])[0]
-            result[key] = convert_to_dst_type(changed[0], data[key])[0]
+                result[target_key] = convert_to_dst_type(target, data[key])[0]
         return result
+
+    def _change(self, image: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The changed image and the target."""
+        if not self._do_transform:
+            return image, image
+        changed = self.transform(image.unsqueeze(0), BatchGenerator.from_seed(seed, 1, image.device))
+        return (changed[0][0], changed[1][0]) if isinstance(changed, tuple) else (changed[0], image)
