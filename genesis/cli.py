@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 verb.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(verb)
             add_common_arguments(verb)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:  # said by the verb, with its own usage
+        verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         importlib.import_module(f".{options.verb}", __package__).run(options)
     except UserError as error:

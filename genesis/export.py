@@ -93,3 +93,11 @@ def _metrics(folder: Path, step: int) -> dict[str, float | None]:
     """Figures of the held-out patients at that step; none when training was interrupted there."""
     row = next((row for row in read_metrics(folder, "val") if row["step"] == step), {})
     return {name: value for name, value in row.items() if name not in ("step", "split")}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from .cli import main
+
+    main(["export", *sys.argv[1:]])

@@ -19,11 +19,12 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert option in text, f"{verb} --help does not mention {option}"
 
 
-def test_a_verb_runs_as_a_module_and_as_a_sub_command() -> None:
-    as_module = subprocess.run([sys.executable, "-m", "genesis.prepare", "--help"], capture_output=True, text=True)
-    as_verb = subprocess.run([sys.executable, "-m", "genesis.cli", "prepare", "--help"], capture_output=True, text=True)
-    assert as_module.returncode == as_verb.returncode == 0
-    assert as_module.stdout == as_verb.stdout
+def test_every_verb_runs_as_a_module() -> None:
+    calls = [[sys.executable, "-m", f"genesis.{verb}", "--stepz"] for verb in cli.VERBS]
+    running = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for call in calls]
+    for verb, process in zip(cli.VERBS, running, strict=True):
+        assert process.communicate()[1].startswith(f"usage: genesis {verb} ")
+        assert process.returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["tarin"], ["train", "--dim", "4d"], ["train", "--stepz", "3"], []])
