@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .data.audit import Audit
 from .data.case_map import CaseMap, Row
-from .data.cohort import Case, find_cases
+from .data.cohort import Case, Cohort, find_cases
 from .data.intake import hashed
 from .data.store import Modality
 from .data.update import Reading, update_store
@@ -103,13 +103,7 @@ def prepare(
             f"{data} names no labels; pass a dataset.json with label maps, or a CSV with a column label or target."
         )
     elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
-    names = {int(value): name for value, name in earlier.get("label_names", {}).items()} if elsewhere else {}
-    for value in names.keys() & cohort.label_names.keys():
-        if names[value] != cohort.label_names[value]:
-            raise UserError(
-                f"{data} calls label {value} {cohort.label_names[value]!r}, the scans in {store} call it "
-                f"{names[value]!r}; give them a --workspace each."
-            )
+    names = _label_names(cohort, earlier.get("label_names", {}) if elsewhere else {}, store)
     paths = {case.path for case in wanted} | {row.path for row in elsewhere}
     case_map.rows = {path: row for path, row in case_map.rows.items() if path in paths}
     without = f", without {len(cases) - len(wanted)} excluded ones" if excluded else ""
@@ -119,13 +113,7 @@ def prepare(
     if not metas:
         (store / "audit.json").unlink(missing_ok=True)
         raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
-    audit = Audit.of(
-        metas,
-        case_map.rows.values(),
-        excluded=excluded,
-        label_names=names | cohort.label_names,
-        sample=sample,
-    )
+    audit = Audit.of(metas, case_map.rows.values(), excluded=excluded, label_names=names, sample=sample)
     audit.write(store / "audit.json")
     print(audit)
     for row in faults:
@@ -144,6 +132,18 @@ def _elsewhere(case_map: CaseMap, data: Path, workspace: Workspace, sample: bool
     if sample and real:
         raise UserError(f"{workspace.root} holds scans of {real[0].data}: give that as --data, or another --workspace.")
     return real
+
+
+def _label_names(cohort: Cohort, earlier: dict[str, str], store: Path) -> dict[int, str]:
+    """The names of this cohort and of the scans that are there already; refuses a label with two meanings."""
+    names = {int(value): name for value, name in earlier.items()}
+    for value, name in cohort.label_names.items():
+        if names.setdefault(value, name) != name:
+            raise UserError(
+                f"{cohort.root} calls label {value} {name!r}, the scans in {store} call it {names[value]!r}; "
+                "give them a --workspace each."
+            )
+    return names
 
 
 def _excluded(file: Path, cases: Sequence[Case], key: bytes) -> set[str]:

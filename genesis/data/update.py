@@ -50,25 +50,25 @@ def update_store(
     found = {case.path: case for case in cases}
     prints = {path: _fingerprint(case, reading) for path, case in found.items()}
     there = _intact(store)
-    # Labelled ones first: of twins the first stays.
-    todo = [path for path in sorted(found, key=lambda path: (not found[path].labelled, path))
-            if path not in rows or rows[path].fingerprint != prints[path]
-            or not (rows[path].reason or rows[path].id in there)]  # fmt: skip
+    settled = {
+        path: replace(row, data=str(data.absolute()))
+        for path, row in rows.items()
+        if row.fingerprint == prints.get(path) and (row.reason or row.id in there)
+    }
     splits = splits_of([*cases, *(row for path, row in rows.items() if path not in found)])
+    todo = sorted(
+        found.keys() - settled.keys(), key=lambda path: (not found[path].labelled, path)
+    )  # of twins, the first
     tasks = [
-        Task(found[path], reading.modality_of(found[path]), reading.channels, splits[found[path].patient],
-             store / INCOMING / str(number), reading.key)
-        for number, path in enumerate(todo)
-    ]  # fmt: skip
+        Task(case, reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
+        for case, folder in ((found[path], store / INCOMING / str(number)) for number, path in enumerate(todo))
+    ]
     shutil.rmtree(store / INCOMING, ignore_errors=True)
     (store / INCOMING).mkdir(parents=True)
-    for path in todo:
-        rows.pop(path, None)
-    rows |= {path: replace(row, data=str(data.absolute())) for path, row in rows.items() if path in found}
+    case_map.rows = rows = {path: row for path, row in rows.items() if path not in found} | settled
     taken = {row.id for row in rows.values() if not row.reason}
-    results = in_processes(
-        take_in, tasks, 1 if len(tasks) <= INLINE else workers or available_cores(), lambda _: Outcome(reason=CRASHED)
-    )
+    processes = 1 if len(tasks) <= INLINE else workers or available_cores()
+    results = in_processes(take_in, tasks, processes, lambda _: Outcome(reason=CRASHED))
     try:
         with progress("reading", len(tasks), "scans") as bar:
             for path, task, outcome in zip(todo, tasks, results, strict=True):
