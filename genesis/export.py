@@ -8,14 +8,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .card import CohortCard, DataCard, PretrainingCard
 from .config import Config, load_config
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
 from .errors import UserError
 from .files import read_json
 from .models import build_backbone
-from .package import write_package
+from .weights import CohortCard, DataCard, PretrainingCard, write_package
 from .workspace import Workspace
 
 _PREFIX = "backbone.network."  # of the exported weights in a method's state dict

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .card import Card, read_card
 from .config import Config, FinetuneConfig, load_config, recipes
 from .data.labelled import Classes
 from .data.phantom import write_sample_cohort
@@ -30,9 +29,8 @@ from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
 from .files import read_json, sha256, write_aside, write_json
 from .models import build_described
-from .package import find_package
 from .prepare import prepare
-from .weights import load_into
+from .weights import Card, find_package, load_into, read_card
 from .workspace import Workspace
 
 

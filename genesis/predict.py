@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .card import Card, read_card
 from .data.cohort import Case, find_cases
 from .data.intake import in_memory
 from .data.labelled import body_box, native_labels, whole_box
@@ -28,8 +27,8 @@ from .errors import UserError
 from .files import write_aside, write_json
 from .methods.supervised import segment
 from .models import Backbone, Classifier, wrap
-from .package import load_pretrained, read_head
 from .progress import progress
+from .weights import Card, load_pretrained, read_card, read_head
 from .workspace import Workspace
 
 ENDING = ".nii.gz"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from blobs import write_store
 
-from genesis.card import CohortCard, DataCard, PretrainingCard, read_card
 from genesis.cli import main
 from genesis.config import load_config
 from genesis.data.labelled import Classes
@@ -20,7 +19,7 @@ from genesis.evaluation.arms import Experiment, choose, split_cases
 from genesis.evaluation.comparison import Score, as_table, average, difference
 from genesis.evaluation.tasks import SegmentationTask
 from genesis.models import build_backbone
-from genesis.package import load_pretrained, write_package
+from genesis.weights import CohortCard, DataCard, PretrainingCard, load_pretrained, read_card, write_package
 
 SETTINGS = [
     "finetune.steps=4", "finetune.batch_size=2", "finetune.learning_rates=[0.001,0.01]", "finetune.validate_every=2",

@@ -10,12 +10,11 @@ import pytest
 import torch
 from blobs import NAMES, blobs, write_store
 
-from genesis.card import CohortCard, DataCard, PretrainingCard, TaskCard
 from genesis.cli import main
 from genesis.data.labelled import Classes, LabelledPatches
 from genesis.methods.supervised import Segmentation
 from genesis.models import Classifier, build_backbone
-from genesis.package import write_package
+from genesis.weights import CohortCard, DataCard, PretrainingCard, TaskCard, write_package
 
 SPACING = (2.0, 2.0, 3.0)
 DATA = DataCard(modality="ct", window_hu=(-1000, 1000), spacing_mm=SPACING, patch_size=(16, 16, 16))

@@ -18,7 +18,6 @@ from sys import float_info
 import numpy as np
 import torch
 
-from ..card import Card, CohortCard, TaskCard
 from ..config import FinetuneConfig
 from ..data.store import VolumeMeta
 from ..engine.checkpoint import read_checkpoint
@@ -28,7 +27,7 @@ from ..engine.trainer import fit
 from ..files import read_json, write_aside, write_json
 from ..models import Backbone, build_described
 from ..seeding import generator, key
-from ..weights import load_into, write_package
+from ..weights import Card, CohortCard, TaskCard, load_into, write_package
 from .comparison import Score
 from .tasks import Task
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ._version import __version__
-from .errors import UserError
-from .files import read_json
+from .._version import __version__
+from ..errors import UserError
+from ..files import read_json
 
 SCHEMA = 1
 

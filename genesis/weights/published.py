@@ -9,8 +9,8 @@ import torch
 from numpy._core.multiarray import scalar
 from torch import Tensor
 
-from .errors import UserError
-from .models import PublishedUNet
+from ..errors import UserError
+from ..models import PublishedUNet
 
 # Their training scripts stored losses as NumPy scalars. These types only rebuild such numbers and run no code.
 _NUMPY_SCALARS: list[Any] = [

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..files import verify_folder, write_folder_aside, write_json
+from ..models import Backbone, PublishedUNet, build_described, wrap
+from ..workspace import Workspace
 from .card import Card, DataCard, FingerprintCard, KeysCard, NetworkCard, PretrainingCard, TaskCard, read_card
-from .errors import UserError
-from .files import verify_folder, write_folder_aside, write_json
 from .model_card import model_card
-from .models import Backbone, PublishedUNet, build_described, wrap
 from .published import read_published
-from .workspace import Workspace
 
 
 def load_pretrained(package: Path | str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Pretrained weights for your network: `load_pretrained(package)`, or `load_into(network, package)` with a report."""
+"""Pretrained weights into a network of your own: `load_into(network, package)`, with a report."""
 
 import math
 from collections.abc import Iterable
@@ -8,13 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .card import Card, CohortCard, DataCard, PretrainingCard, TaskCard, read_card
-from .errors import UserError
-from .models import wrap
-from .package import Contents, find_package, load_pretrained, open_package, write_package
-
-__all__ = ["Card", "CohortCard", "DataCard", "LoadReport", "PretrainingCard", "TaskCard", "find_package", "load_into",
-           "load_pretrained", "read_card", "write_package"]  # fmt: skip
+from ..errors import UserError
+from ..models import wrap
+from .package import Contents, open_package
 
 NEEDED_SHARE = 0.9  # of the trained weights; with less, loading is refused
 
