@@ -11,6 +11,7 @@ and figures/ to judge them by, the autoencoder and its latents. With --data the 
 
 import argparse
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .discovery.anatomy import carried_anatomy
 from .discovery.anchors import Anchor, choose_anchors
 from .discovery.body import coarse_step_mm
 from .discovery.classes import Neighbour, make_classes
-from .discovery.latents import Reconstruction, effective_rank, encode
+from .discovery.latents import Reconstruction, Shrunken, effective_rank, encode
 from .discovery.neighbours import nearest_patients
 from .discovery.quality import coverage, similarity
 from .engine.launch import launch
@@ -119,7 +120,7 @@ def _discover(
     metas = [*train, *held_out]
     box: dict[str, Any] = {"patch_size": config.data.patch_size, "spacing_mm": spacing}
     look = {**box, "window_hu": config.data.window_hu}
-    step = {"step_mm": coarse_step_mm(train)}
+    step: dict[str, Any] = {"step_mm": coarse_step_mm(train)}
     rule: dict[str, Any] = {"min_score": settings.min_score, **box, **step}
     (folder / "figures").mkdir()
     (folder / "config.yaml").write_text(config.dump())
@@ -173,14 +174,14 @@ def _train_autoencoder(
     torch.manual_seed(key(options.seed, "autoencoder"))
     method = Reconstruction(config.spatial_dims, settings.channels, train[0].shape[0])
     levels = [(level + 0.5) / SLICES for level in range(SLICES)]
-    volumes = [
-        WholeVolumes(store, metas, shape=settings.shape, window_hu=config.data.window_hu, positions=levels)
-        for metas in (train, held_out)
-    ]
+    seen, unseen = (
+        _shrunken(store, metas, config, levels, folder / "autoencoder" / name)
+        for name, metas in (("train.npy", train), ("val.npy", held_out))
+    )
     fit(
         method,
-        Endless(volumes[0], options.seed),
-        validation=volumes[1],
+        Endless(seen, options.seed),
+        validation=unseen,
         folder=folder / "autoencoder",
         seed=options.seed,
         device=options.device,
@@ -189,10 +190,21 @@ def _train_autoencoder(
         optimizer=OptimizerSettings("adam", settings.learning_rate, schedule="cosine"),
         title="autoencoder",
         validate_every=max(1, settings.steps // 10),
+        workers=0,
     )
     save_file({name: tensor.contiguous() for name, tensor in method.autoencoder.state_dict().items()},
               folder / "autoencoder.safetensors")  # fmt: skip
     return method
+
+
+def _shrunken(
+    store: VolumeStore, metas: Sequence[VolumeMeta], config: Config, heights: Sequence[float], file: Path
+) -> Shrunken:
+    shape = config.discovery.autoencoder.shape
+    volumes = WholeVolumes(store, metas, shape=shape, window_hu=config.data.window_hu, positions=heights)
+    file.parent.mkdir(exist_ok=True)
+    with progress("resizing", len(volumes), "volumes" if config.spatial_dims == 3 else "slices") as bar:
+        return Shrunken(volumes, file, bar.advance)
 
 
 def _anchors(
@@ -227,8 +239,9 @@ def _latents(
     """(volumes, positions, latent), also as latents.npy; in 2D one position per anchor: the slice at its height."""
     settings = config.discovery.autoencoder
     heights = [anchor.body[2] for anchor in anchors]
-    volumes = WholeVolumes(store, metas, shape=settings.shape, window_hu=config.data.window_hu, positions=heights)
+    volumes = _shrunken(store, metas, config, heights, folder / "autoencoder" / "all.npy")
     latents = encode(method.autoencoder, volumes, launch(options.device).device, settings.batch_size)
+    shutil.rmtree(folder / "autoencoder")
     np.save(folder / "latents.npy", latents)
     (folder / "latents.txt").write_text("\n".join(meta.volume for meta in metas) + "\n")
     return latents

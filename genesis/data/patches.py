@@ -7,6 +7,7 @@ a patch is a box; with two it is the axial slice at the height of its centre, fr
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -257,10 +258,17 @@ class WholeVolumes(Dataset[Sample]):
         return {"image": image, "key": torch.tensor(index)}
 
 
+class Finite(Protocol):
+    """A dataset that knows its length."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+
+
 class Endless(Dataset[Sample]):
     """A dataset by global sample index without end, shuffled anew every epoch; the key is of the index."""
 
-    def __init__(self, dataset: WholeVolumes, seed: int) -> None:
+    def __init__(self, dataset: Finite, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, index: int) -> Sample:

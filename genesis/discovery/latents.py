@@ -1,17 +1,38 @@
 """Latents: an autoencoder of whole volumes, so that patients who look alike have latents that lie close together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from ..data.patches import WholeVolumes
+from ..data.patches import Sample, WholeVolumes
 from ..engine.method import Batch, Method, Output
 from ..models import Autoencoder
+
+
+class Shrunken(Dataset[Sample]):
+    """Whole volumes, or slices, resized once into a memory-mapped file (float16), not anew at every step."""
+
+    def __init__(self, volumes: WholeVolumes, file: Path, advance: Callable[[], None]) -> None:
+        self.file, self.positions = file, volumes.positions
+        first = volumes[0]["image"]
+        images = np.lib.format.open_memmap(file, "w+", np.float16, (len(volumes), *first.shape))
+        for index in range(len(volumes)):
+            images[index] = volumes[index]["image"].numpy()
+            advance()
+        images.flush()
+
+    def __len__(self) -> int:
+        return len(np.load(self.file, mmap_mode="r"))
+
+    def __getitem__(self, index: int) -> Sample:
+        image = np.load(self.file, mmap_mode="r")[index].astype(np.float32)
+        return {"image": torch.from_numpy(image), "key": torch.tensor(index)}
 
 
 class Reconstruction(Method):
@@ -30,9 +51,9 @@ class Reconstruction(Method):
 
 @torch.no_grad()
 def encode(
-    autoencoder: Autoencoder, volumes: WholeVolumes, device: torch.device, batch_size: int
+    autoencoder: Autoencoder, volumes: Shrunken, device: torch.device, batch_size: int
 ) -> Float[np.ndarray, "volumes positions latent"]:
-    """Latents of every volume, float32; in 2D of the axial slice at each of `volumes.positions`, in 3D of the whole."""
+    """Latents of every volume, float32; in 2D of the slices at each of its positions, in 3D of the whole."""
     autoencoder.eval()
     latents = [
         autoencoder.encode(batch["image"].to(device)).float().cpu()
