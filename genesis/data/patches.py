@@ -7,7 +7,7 @@ a patch is a box; with two it is the axial slice at the height of its centre, fr
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -258,6 +258,7 @@ class WholeVolumes(Dataset[Sample]):
         return {"image": image, "key": torch.tensor(index)}
 
 
+@runtime_checkable
 class Finite(Protocol):
     """A dataset that knows its length."""
 
