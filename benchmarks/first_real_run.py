@@ -101,7 +101,7 @@ def run_verb(verb: str, arguments: list[str], log: Path, threads: int) -> Measur
     """Run one verb; its wall time and the largest resident memory of any process in it."""
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with log.open("a") as stream:
+    with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", f"genesis.{verb}", *arguments], env=environment, stdout=stream, stderr=stream
         )
@@ -143,11 +143,16 @@ def run_study(study: Study, data: Path, workspaces: Path, full: bool, threads: i
     lines += ["Discovery (`quality.json`):", "", "```", *_flat(quality), "```", ""]
     rows = [
         line
-        for line in (workspace / "runs" / "pretrained" / "metrics.jsonl").read_text().splitlines()
+        for line in (workspace / "runs" / "pretrained" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         if '"val"' in line
     ]
     lines += ["Pretraining, first and last validation (`metrics.jsonl`):", "", "```", rows[0], rows[-1], "```", ""]
-    lines += ["Fine-tuning, test patients:", "", (workspace / "runs" / "finetuned" / "results.md").read_text(), ""]
+    lines += [
+        "Fine-tuning, test patients:",
+        "",
+        (workspace / "runs" / "finetuned" / "results.md").read_text(encoding="utf-8"),
+        "",
+    ]
     for source in (workspace / "discovery" / "3d" / "figures", workspace / "runs" / "pretrained" / "figures",
                    workspace / "runs" / "finetuned" / "figures"):  # fmt: skip
         for picture in sorted(source.glob("*.png")):
@@ -194,7 +199,7 @@ def main() -> None:
         "    python benchmarks/first_real_run.py --data DATA" + (" --full" if options.full else ""),
         "",
     ]
-    (RESULTS / "first_real_run.md").write_text("\n".join([*head, *sections]) + "\n")
+    (RESULTS / "first_real_run.md").write_text("\n".join([*head, *sections]) + "\n", encoding="utf-8")
     print(f"Wrote {RESULTS / 'first_real_run.md'}")
 
 

@@ -164,10 +164,8 @@ def load_config(
     """
     tree = _read(name)
     if sample:
-        dims = f"{tree.get('spatial_dims')}d"
-        _merge(
-            tree, yaml.safe_load(resources.files("genesis.configs").joinpath("sample.yaml").read_text()).get(dims, {})
-        )
+        overlay = yaml.safe_load(_shipped("sample"))
+        _merge(tree, overlay.get(f"{tree.get('spatial_dims')}d", {}))
     for dotted, value in (values or {}).items():
         _assign(tree, dotted, value)
     for override in overrides:
@@ -193,10 +191,10 @@ def recipes() -> list[str]:
 
 def _read(name: str) -> dict[str, Any]:
     if name in recipes():
-        text = resources.files("genesis.configs").joinpath(f"{name}.yaml").read_text()
+        text = _shipped(name)
     elif name.endswith((".yaml", ".yml")):
         try:
-            text = Path(name).read_text()
+            text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"The config file {name} cannot be read: {error}.") from None
     else:
@@ -210,6 +208,10 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"The config {name} must be a mapping of sections; start from a copy of semantic_genesis_3d.")
     return tree
+
+
+def _shipped(name: str) -> str:
+    return resources.files("genesis.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _merge(tree: dict[str, Any], overlay: dict[str, Any]) -> None:

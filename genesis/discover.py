@@ -123,7 +123,7 @@ def _discover(
     step: dict[str, Any] = {"step_mm": coarse_step_mm(train)}
     rule: dict[str, Any] = {"min_score": settings.min_score, **box, **step}
     (folder / "figures").mkdir()
-    (folder / "config.yaml").write_text(config.dump())
+    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     method = _train_autoencoder(store, train, held_out, config, folder, options)
     anchors = _anchors(store, train, settings, {**box, **step}, seed)
     latents = _latents(method, store, metas, config, anchors, folder, options)
@@ -243,7 +243,7 @@ def _latents(
     latents = encode(method.autoencoder, volumes, launch(options.device).device, settings.batch_size)
     shutil.rmtree(folder / "autoencoder")
     np.save(folder / "latents.npy", latents)
-    (folder / "latents.txt").write_text("\n".join(meta.volume for meta in metas) + "\n")
+    (folder / "latents.txt").write_text("\n".join(meta.volume for meta in metas) + "\n", encoding="utf-8")
     return latents
 
 

@@ -47,7 +47,7 @@ def write_folder_aside(path: Path) -> Iterator[Path]:
         yield aside
         files = sorted(p for p in aside.rglob("*") if p.is_file())
         sums = "".join(f"{sha256(p)}  {p.relative_to(aside).as_posix()}\n" for p in files)
-        (aside / "SHA256SUMS").write_text(sums)
+        (aside / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for file in (*files, aside / "SHA256SUMS"):
             _sync(file)
         if path.exists():
@@ -69,7 +69,10 @@ def verify_folder(folder: Path, *names: str) -> None:
         raise UserError(
             f"{folder} has no SHA256SUMS: it is incomplete or not a folder that genesis wrote; make it anew."
         )
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in sums.read_text().splitlines())}
+    digests = {
+        name: digest
+        for digest, _, name in (line.partition("  ") for line in sums.read_text(encoding="utf-8").splitlines())
+    }
     for name in names or digests:
         file = folder / name
         inside = file.resolve().is_relative_to(folder.resolve())
@@ -86,13 +89,13 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON aside and rename it."""
     with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or broken file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError) as error:

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     largest = [score for score in scores if (score.arm, score.labels) == (PRETRAINED, max(counts))]
     experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
     write_json(experiment.folder / "run.json", {**record, "status": "finished"})
-    print((experiment.folder / "results.md").read_text())
+    print((experiment.folder / "results.md").read_text(encoding="utf-8"))
     print(f"Results are in {experiment.folder}. Next: python -m genesis.predict --model {name} --data SCANS")
 
 
@@ -250,7 +250,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
                 f"The run {experiment.folder.name} has another {changed[0]}; pass --run NAME to begin a new one."
             )
     with write_aside(experiment.folder / "config.yaml") as aside:
-        aside.write_text(config.dump())
+        aside.write_text(config.dump(), encoding="utf-8")
     record |= {"seed": seed, "status": "running"}
     write_json(path, record)
     return record

@@ -206,7 +206,7 @@ def _free_name(workspace: Workspace, stem: str) -> str:
 
 def _write_run(folder: Path, config: Config, record: dict[str, Any]) -> None:
     with write_aside(folder / "config.yaml") as aside:
-        aside.write_text(config.dump())
+        aside.write_text(config.dump(), encoding="utf-8")
     write_json(folder / "run.json", record)
 
 

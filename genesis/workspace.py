@@ -60,7 +60,7 @@ class Workspace:
         path = self.root / "id_key"
         if not path.exists():
             with write_aside(path, mode=0o600) as aside:
-                aside.write_text(secrets.token_hex(32))
+                aside.write_text(secrets.token_hex(32), encoding="utf-8")
         return path.read_bytes()
 
     def run(self, name: str | None, kind: str) -> Path:

@@ -24,7 +24,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def dataset(root: Path, **content: object) -> Path:
-    (root / "dataset.json").write_text(json.dumps(content))
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     return root / "dataset.json"
 
 
@@ -135,7 +135,7 @@ def test_nnunet(tmp_path: Path, listing: bool) -> None:
 
 @pytest.mark.parametrize("content", [[], {}, {"training": 3}, {"training": [{"label": "x"}]}, {"labels": {"a": "b"}}])
 def test_a_dataset_json_that_is_none(tmp_path: Path, content: object) -> None:
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match=r"is not a dataset\.json"):
         find_cases(tmp_path)
 

@@ -13,7 +13,7 @@ from genesis.errors import UserError
 def test_shipped_configs_are_valid_and_round_trip(name: str, sample: bool, tmp_path: Path) -> None:
     config = load_config(name, sample=sample)
     file = tmp_path / "config.yaml"
-    file.write_text(config.dump())
+    file.write_text(config.dump(), encoding="utf-8")
     assert load_config(str(file)) == config
     assert name.endswith(("_2d", "_2d_published", "_3d", "_3d_published"))
 
@@ -52,9 +52,9 @@ def test_unknown_names_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_config(str(tmp_path / "none.yaml"))
     broken = tmp_path / "broken.yaml"
-    broken.write_text("a: [1")
+    broken.write_text("a: [1", encoding="utf-8")
     with pytest.raises(UserError, match="not valid YAML"):
         load_config(str(broken))
-    broken.write_text("just text")
+    broken.write_text("just text", encoding="utf-8")
     with pytest.raises(UserError, match="mapping of sections"):
         load_config(str(broken))

@@ -28,11 +28,11 @@ def write_run(folder: Path, seed: int = 0, **record: Any) -> Backbone:
         method = SemanticGenesis(backbone, 3, Corruption())
         write_checkpoint(folder / "checkpoints" / f"{name}.pt", {"step": step, "method": method.state_dict()})
         rows += [{"step": step, "split": split, "loss": step / 100, "accuracy": None} for split in ("train", "val")]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     overrides = [
         f"network.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in NETWORK.items()
     ]
-    (folder / "config.yaml").write_text(load_config("semantic_genesis_3d", overrides).dump())
+    (folder / "config.yaml").write_text(load_config("semantic_genesis_3d", overrides).dump(), encoding="utf-8")
     write_json(
         folder / "run.json",
         {
@@ -116,7 +116,9 @@ def test_what_cannot_be_exported_is_one_sentence(
     checkpoint = runs / "damaged" / "checkpoints" / "best.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     config = runs / "foreign" / "config.yaml"
-    config.write_text(config.read_text().replace("num_res_units: 1", "num_res_units: 3"))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("num_res_units: 1", "num_res_units: 3"), encoding="utf-8"
+    )
     with pytest.raises(SystemExit) as stop:
         export(tmp_path, *arguments)
     assert stop.value.code == 2

@@ -14,7 +14,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"value": 1})
     with pytest.raises(ZeroDivisionError), write_aside(path) as aside:
-        aside.write_text("half")
+        aside.write_text("half", encoding="utf-8")
         raise ZeroDivisionError
     assert read_json(path) == {"value": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -24,10 +24,10 @@ def test_a_folder_is_replaced_whole_and_checked(tmp_path: Path) -> None:
     folder = tmp_path / "package"
     for text in ("first", "second"):
         with write_folder_aside(folder) as aside:
-            (aside / "file.txt").write_text(text)
-    assert (folder / "file.txt").read_text() == "second"
+            (aside / "file.txt").write_text(text, encoding="utf-8")
+    assert (folder / "file.txt").read_text(encoding="utf-8") == "second"
     verify_folder(folder)
-    (folder / "file.txt").write_text("secone")
+    (folder / "file.txt").write_text("secone", encoding="utf-8")
     with pytest.raises(UserError, match=r"file\.txt is damaged"):
         verify_folder(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["package"]
@@ -35,8 +35,8 @@ def test_a_folder_is_replaced_whole_and_checked(tmp_path: Path) -> None:
 
 def test_checksums_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     with write_folder_aside(tmp_path / "package") as aside:
-        (aside / "file.txt").write_text("x")
-    (tmp_path / "package" / "SHA256SUMS").write_text("0  ../../etc/passwd\n")
+        (aside / "file.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "package" / "SHA256SUMS").write_text("0  ../../etc/passwd\n", encoding="utf-8")
     with pytest.raises(UserError, match="damaged or missing"):
         verify_folder(tmp_path / "package")
 

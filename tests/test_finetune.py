@@ -186,13 +186,13 @@ def test_the_verb_from_start_to_end_and_again(workspace: Path, capsys: pytest.Ca
     assert "3 for training, 1 for validation, 2 for test" in printed
     assert "python -m genesis.predict --model one" in printed.splitlines()[-1]
     run = workspace / "runs" / "one"
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert {(s["arm"], s["labels"], s["seed"]) for s in results["scores"]} == {
         (arm, labels, seed) for arm in ("pretrained", "scratch") for labels in (1, 3) for seed in (0, 1)
     }
     assert {row["class"] for row in results["differences"]} == {"mean", "bright", "grey"}
     assert all(row["n"] == 2 for row in results["differences"])
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     card = read_card(run / "model")
     assert card.task is not None
     assert card.task.labels == {0: "background", 2: "bright", 5: "grey"}
@@ -203,11 +203,11 @@ def test_the_verb_from_start_to_end_and_again(workspace: Path, capsys: pytest.Ca
     # again: what is finished stays, what is missing is made
     one, two = (run / "scratch" / "1-labels" / f"seed-{seed}" for seed in (0, 1))
     kept = {path: path.stat().st_mtime_ns for path in run.rglob("trained.json") if two not in path.parents}
-    before = json.loads((run / "results.json").read_text())
+    before = json.loads((run / "results.json").read_text(encoding="utf-8"))
     shutil.rmtree(two)
     finetune(workspace, *arguments)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert json.loads((run / "results.json").read_text()) == before
+    assert json.loads((run / "results.json").read_text(encoding="utf-8")) == before
     assert one.is_dir()
 
     # other settings are another experiment
@@ -253,7 +253,7 @@ def test_an_interrupted_training_goes_on(experiment: Experiment, monkeypatch: py
 
 def test_classification(workspace: Path) -> None:
     finetune(workspace, "--task", "classification", "--control", "none", "--run", "classes")
-    results = json.loads((workspace / "runs" / "classes" / "results.json").read_text())
+    results = json.loads((workspace / "runs" / "classes" / "results.json").read_text(encoding="utf-8"))
     assert results["metric"] == "auc"
     assert results["differences"] == []
     assert read_card(workspace / "runs" / "classes" / "model").trained == ("encoder",)
@@ -264,7 +264,7 @@ def test_slices(tmp_path: Path) -> None:
     write_store(tmp_path / "store")
     write_weights(tmp_path / "weights" / "flat", dims=2)
     finetune(tmp_path, "--labels", "2", "--run", "flat", "--set", "finetune.learning_rates=[0.01]")
-    assert json.loads((tmp_path / "runs" / "flat" / "results.json").read_text())["cases"]["test"] == 2
+    assert json.loads((tmp_path / "runs" / "flat" / "results.json").read_text(encoding="utf-8"))["cases"]["test"] == 2
 
 
 def test_refusals(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_drawn_acquisitions_vary() -> None:
 
 def test_sample_cohort(tmp_path: Path) -> None:
     path = write_sample_cohort(tmp_path / "sample", seed=1, patients=8)
-    description = json.loads(path.read_text())
+    description = json.loads(path.read_text(encoding="utf-8"))
     assert {int(value): name for value, name in description["labels"].items()} == {0: "background", **ORGANS}
     assert [case["split"] for case in description["training"]] == ["train", "train", "val", "test", "test"]
     assert len(description["unlabelled"]) == 3

@@ -80,7 +80,9 @@ def test_a_label_map_lies_on_its_scan_in_any_order_of_axes(model: Path, tmp_path
     predicted = np.asarray(map_.dataobj)
     assert set(np.unique(predicted)) <= set(NAMES)
     assert dice(predicted == 2, truth == 2) > 0.7
-    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {str(v): n for v, n in NAMES.items()}
+    assert json.loads((tmp_path / "out" / "labels.json").read_text(encoding="utf-8")) == {
+        str(v): n for v, n in NAMES.items()
+    }
 
 
 def test_other_voxel_sizes_and_an_oblique_grid(model: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_volumes_hold_the_scans(prepared: Prepare, workspace: Workspace, scans: 
         assert np.abs(np.array(meta.foreground_box) - [(4, 16), (4, 14), (2, 10)]).max() <= 2
         assert row["patient"] == row["name"] != meta.patient
         assert int(row["bytes"]) == Path(row["path"]).stat().st_size
-    assert json.loads((workspace.store / "audit.json").read_text())["volumes"] == 3
+    assert json.loads((workspace.store / "audit.json").read_text(encoding="utf-8"))["volumes"] == 3
 
 
 def test_a_second_call_reads_only_what_is_new_or_changed(
@@ -161,7 +161,7 @@ def test_a_labelled_twin_stays(prepared: Prepare, workspace: Workspace, scans: P
     shutil.copy(scans / "Doe_Jane.nii.gz", scans / "A_copy.nii.gz")
     save(scans / "labels" / "Doe_Jane.nii.gz", (ct(0) > -500).astype(np.uint8))
     listed = {"training": [{"image": "Doe_Jane.nii.gz", "label": "labels/Doe_Jane.nii.gz"}], "labels": {"1": "tissue"}}
-    (scans / "dataset.json").write_text(json.dumps(listed))
+    (scans / "dataset.json").write_text(json.dumps(listed), encoding="utf-8")
     audit = prepared()
     store = VolumeStore(workspace.store)
     assert (audit.volumes, audit.labelled, store.label_names) == (3, 1, {1: "tissue"})
@@ -174,7 +174,7 @@ def test_a_labelled_twin_stays(prepared: Prepare, workspace: Workspace, scans: P
 def test_a_label_map_that_does_not_fit(prepared: Prepare, workspace: Workspace, scans: Path) -> None:
     save(scans / "labels" / "wrong.nii.gz", np.ones((20, 18, 11), np.uint8))
     (scans / "cohort.csv").write_text(
-        "image,label\nDoe_Jane.nii.gz,labels/wrong.nii.gz\nRoe_Richard.nii.gz,\nPoe_Edgar.nii.gz,\n"
+        "image,label\nDoe_Jane.nii.gz,labels/wrong.nii.gz\nRoe_Richard.nii.gz,\nPoe_Edgar.nii.gz,\n", encoding="utf-8"
     )
     for _ in range(2):  # it is said again as long as it is so
         with pytest.raises(
@@ -191,23 +191,25 @@ def test_excluded_patients_are_never_read_and_leave(
 ) -> None:
     prepared()
     listed = tmp_path / "exclude.txt"
-    listed.write_text("# test patients\nDoe_Jane\nnobody\n")
+    listed.write_text("# test patients\nDoe_Jane\nnobody\n", encoding="utf-8")
     read = read_scans(monkeypatch)
     assert prepared(exclude=str(listed)).volumes == 2
     save(scans / "Doe_Jane.nii.gz", ct(11))
     assert prepared().volumes == 2  # remembered
     assert read == []
-    listed.write_text("nobody\n")
+    listed.write_text("nobody\n", encoding="utf-8")
     assert prepared(exclude=str(listed)).volumes == 3
     with pytest.raises(UserError, match="cannot be read"):
         prepared(exclude=str(tmp_path / "absent.txt"))
 
 
 def test_splits_follow_the_patient(prepared: Prepare, workspace: Workspace, scans: Path) -> None:
-    (scans / "a.csv").write_text("image,patient_id,split\nDoe_Jane.nii.gz,p1,test\nRoe_Richard.nii.gz,p1,\n")
+    (scans / "a.csv").write_text(
+        "image,patient_id,split\nDoe_Jane.nii.gz,p1,test\nRoe_Richard.nii.gz,p1,\n", encoding="utf-8"
+    )
     prepared(scans / "a.csv")
     assert {meta.split for meta in VolumeStore(workspace.store)} == {"test"}
-    (scans / "b.csv").write_text("image,patient_id,split\nPoe_Edgar.nii.gz,p1,val\n")
+    (scans / "b.csv").write_text("image,patient_id,split\nPoe_Edgar.nii.gz,p1,val\n", encoding="utf-8")
     with pytest.raises(UserError, match="Patient p1 is in the splits"):
         prepared(scans / "b.csv")
 
@@ -217,9 +219,9 @@ def test_a_patient_that_becomes_labelled_changes_its_split(
 ) -> None:
     patient = next(name for name in map(str, range(99)) if update.splits_of([_Belongs(name)])[name] == "train"
                    and update.splits_of([_Belongs(name, labelled=True)])[name] == "test")  # fmt: skip
-    (scans / "a.csv").write_text(f"image,patient_id\nDoe_Jane.nii.gz,{patient}\n")
+    (scans / "a.csv").write_text(f"image,patient_id\nDoe_Jane.nii.gz,{patient}\n", encoding="utf-8")
     prepared(scans / "a.csv")
-    (scans / "b.csv").write_text(f"image,patient_id,target\nRoe_Richard.nii.gz,{patient},1\n")
+    (scans / "b.csv").write_text(f"image,patient_id,target\nRoe_Richard.nii.gz,{patient},1\n", encoding="utf-8")
     prepared(scans / "b.csv")
     assert [meta.split for meta in VolumeStore(workspace.store)] == ["test", "test"]
 
@@ -298,7 +300,7 @@ def test_no_artefact_names_anyone(prepared: Prepare, workspace: Workspace, scans
     for meta in VolumeStore(workspace.store):
         assert not [name for name in names if name.decode() in repr(meta)]
     assert stat.S_IMODE(workspace.case_map.stat().st_mode) == 0o600
-    assert "MRN12345" in workspace.case_map.read_text()
+    assert "MRN12345" in workspace.case_map.read_text(encoding="utf-8")
 
 
 def test_hashes_need_the_key(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_labels_with_two_meanings(prepared: Prepare, workspace: Workspace, tmp_p
     for number, name in enumerate(("liver", "spleen")):
         image = save(tmp_path / name / "scan.nii", ct(number + 40))
         listed = {"training": [{"image": image.name}], "labels": {"1": name}}
-        (tmp_path / name / "dataset.json").write_text(json.dumps(listed))
+        (tmp_path / name / "dataset.json").write_text(json.dumps(listed), encoding="utf-8")
     prepared(tmp_path / "liver")
     with pytest.raises(UserError, match="calls label 1 'spleen'"):
         prepared(tmp_path / "spleen")

@@ -86,7 +86,7 @@ def edit(change: Callable[[str], str]) -> Callable[[str], str]:
 def test_a_damaged_table_is_refused(tmp_path: Path, damage: Callable[[str], str], message: str) -> None:
     path = tmp_path / "pseudo_labels.csv"
     table().write(path)
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(UserError, match=message) as error:
         PseudoLabels.read(path)
     assert str(path) in str(error.value)

@@ -73,6 +73,6 @@ def test_one_of_another_network_is_refused(network: PublishedUNet, tmp_path: Pat
     torch.save({"state_dict": dict(list(network.state_dict().items())[:-1])}, tmp_path / "part.pt")
     with pytest.raises(UserError, match=r"not a whole checkpoint .* out_tr\.final_conv\.bias is missing"):
         load_pretrained(tmp_path / "part.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "text.pt").write_text("not a checkpoint", encoding="utf-8")
     with pytest.raises(UserError, match=r"text\.pt cannot be read"):
         load_pretrained(tmp_path / "text.pt")

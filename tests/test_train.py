@@ -111,7 +111,7 @@ def test_a_run_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -
     assert record["trained"] == ["encoder", "decoder"]
     assert record["cohort"] == {"patients": [f"p{i}" for i in range(7)], "volumes": [f"v{i}" for i in range(7)]}
     assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == DATA
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (2, "val"), (4, "train"), (4, "val")]
     assert {"mse", "input_mse", "mean_mse", "accuracy", "chance", "knn_accuracy"} <= set(rows[-1])
     assert read_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 4
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
     train(workspace, "--resume", "--run", "parts", tiny=False)
     for name in ("run.json", "config.yaml", "metrics.jsonl"):
-        assert (whole / name).read_text() == (parts / name).read_text()
+        assert (whole / name).read_text(encoding="utf-8") == (parts / name).read_text(encoding="utf-8")
     states = [read_checkpoint(folder / "checkpoints" / "last.pt")["method"] for folder in (whole, parts)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -215,5 +215,5 @@ def test_a_taken_name_and_a_changed_discovery(workspace: Path, refused: Callable
 
 def test_a_damaged_table(workspace: Path, refused: Callable[..., str]) -> None:
     table = workspace / "discovery" / "3d" / "pseudo_labels.csv"
-    table.write_text(table.read_text().replace("20.0", "21.0", 1))
+    table.write_text(table.read_text(encoding="utf-8").replace("20.0", "21.0", 1), encoding="utf-8")
     assert "pseudo_labels.csv is damaged" in refused()

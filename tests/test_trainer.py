@@ -101,7 +101,7 @@ def train(
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Bit for bit: everything in the last checkpoint, and the metrics."""
-    assert (one / "metrics.jsonl").read_text() == (two / "metrics.jsonl").read_text()
+    assert (one / "metrics.jsonl").read_text(encoding="utf-8") == (two / "metrics.jsonl").read_text(encoding="utf-8")
     first, second = (read_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, two))
     assert first.keys() == second.keys()
     leaves = [torch.utils._pytree.tree_leaves(state) for state in (first, second)]
@@ -116,7 +116,7 @@ def test_it_learns_and_writes_a_run(tmp_path: Path) -> None:
     assert result.step == result.best_step == 100
     assert result.best_loss == result.metrics["loss"] < 1e-2
     assert torch.allclose(method.linear.weight, Points().matrix, atol=0.1)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if row["split"] == "val"] == [25, 50, 75, 100]
     assert [row["step"] for row in rows if row["split"] == "train"] == [10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]
     assert set(rows[0]) == {"step", "split", "loss", "mse", "bias", "learning_rate"}
@@ -159,7 +159,7 @@ def test_a_killed_training_goes_on_from_its_last_validation(tmp_path: Path) -> N
 
     with pytest.raises(Killed):
         train(parts, Regression(0.2, kill), 25, validation=Points(5), validate_every=4)
-    with (parts / "metrics.jsonl").open("a") as stream:
+    with (parts / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"step": 99, "sp')  # torn by the kill
     assert read_checkpoint(parts / "checkpoints" / "last.pt")["step"] == 16
     result = train(parts, Regression(0.2), 25, validation=Points(5), validate_every=4, resume=True)
@@ -280,7 +280,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, Regression(), 12, validation=Points(5), validate_every=4)
     script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(two)))
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(two)), encoding="utf-8")
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
         check=True,

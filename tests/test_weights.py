@@ -104,7 +104,7 @@ assert not any(name.partition(".")[0] == "genesis" for name in sys.modules)
 
 
 def test_the_card_says_what_the_package_is(package: Path) -> None:
-    tree = json.loads((package / "card.json").read_text())
+    tree = json.loads((package / "card.json").read_text(encoding="utf-8"))
     assert tree["schema"] == 1
     assert tree["network"]["class"] == "monai.networks.nets.UNet"
     assert tree["network"]["kwargs"]["channels"] == [4, 8, 16]
@@ -116,7 +116,7 @@ def test_the_card_says_what_the_package_is(package: Path) -> None:
     assert tree["task"] is None
     card = read_card(package)
     assert card.pretraining == PRETRAINING
-    readme = (package / "README.md").read_text()
+    readme = (package / "README.md").read_text(encoding="utf-8")
     for expected in ("semantic_genesis for 1,200 steps", "3 volumes of 2 patients", "1 × 1 × 2.5 mm", "multiples of 4",
                      "-1000 to 1000 HU", "| rec | 0.01 |", "UNet(**json.load"):  # fmt: skip
         assert expected in readme
@@ -126,7 +126,7 @@ def test_a_task_names_its_labels(tmp_path: Path) -> None:
     task = TaskCard(type="segmentation", labels={1: "liver", 2: "spleen"})
     write(tmp_path / "model", unet(out_channels=3), task=task)
     assert read_card(tmp_path / "model").task == task
-    assert "liver (1), spleen (2)" in (tmp_path / "model" / "README.md").read_text()
+    assert "liver (1), spleen (2)" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_same_network_gets_all_weights(package: Path, source: UNet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,8 +247,8 @@ def edit(package: Path, folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     for file in package.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    card = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").write_text(json.dumps(card | changes))
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    (folder / "card.json").write_text(json.dumps(card | changes), encoding="utf-8")
     return folder
 
 
@@ -274,7 +274,7 @@ def test_a_wrong_card_is_refused(package: Path, tmp_path: Path, changes: dict[st
 
 def test_the_readme_may_be_edited(package: Path, tmp_path: Path) -> None:
     folder = edit(package, tmp_path / "edited")
-    (folder / "README.md").write_text("my weights")
+    (folder / "README.md").write_text("my weights", encoding="utf-8")
     load_pretrained(folder)
 
 
@@ -289,7 +289,7 @@ def test_damage_is_noticed(package: Path, tmp_path: Path) -> None:
     (folder / "weights.safetensors").unlink()
     with pytest.raises(UserError, match=r"weights\.safetensors is damaged or missing"):
         load_pretrained(folder)
-    (folder / "card.json").write_text("{")
+    (folder / "card.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match=r"card\.json cannot be read as JSON"):
         load_pretrained(folder)
     with pytest.raises(UserError, match=r"no weights package at .*nowhere"):

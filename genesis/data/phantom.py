@@ -171,7 +171,7 @@ def write_sample_cohort(folder: Path, seed: int = 0, patients: int = 32) -> Path
             "training": training,
             "unlabelled": unlabelled,
         }
-        (aside / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+        (aside / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return folder / "dataset.json"
 
 

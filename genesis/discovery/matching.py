@@ -40,6 +40,7 @@ class Pass(NamedTuple):
     smooth: float  # standard deviation of the neighbourhood that agrees on a displacement
 
 
+WHOLE = Pass(12, 10, 0.0)
 WIDE, CLOSE = Pass(6, 6, 5.0), Pass(10, 3, 7.0)
 
 
@@ -59,7 +60,9 @@ def carry(
         return from_body(to_body(points_mm, reference.meta), neighbour.meta), torch.ones(len(points_mm))
     fixed, moving = _edges(reference, step_mm), _edges(neighbour, step_mm)
     points = torch.cat([(points_mm - fixed.origin_mm) / step_mm, _lattice(reference, step_mm)])
-    moved = (moving.middle - fixed.middle).expand(len(points), 3)
+    here, there = (fixed.middle / 4).round(), (moving.middle / 4).round()
+    whole = correlate(fixed.quarter, moving.quarter, here.long(), there.long(), WHOLE)
+    moved = ((there - here + _peak(whole)) * 4).expand(len(points), 3)
     for edges, other, voxels, search in (
         (fixed.half, moving.half, 2, WIDE),
         (fixed.full, moving.full, 1, CLOSE),
@@ -138,9 +141,10 @@ class _Edges(NamedTuple):
     """Gradient magnitude of a coarse copy."""
 
     full: Float[Tensor, "x y z"]
-    half: Float[Tensor, "u v w"]  # at half the resolution; its voxel i is voxel 2i of the full one
+    half: Float[Tensor, "u v w"]
+    quarter: Float[Tensor, "i j k"]
     origin_mm: Float[Tensor, " 3"]
-    middle: Float[Tensor, " 3"]  # of the body, in voxels
+    middle: Float[Tensor, "1 3"]  # of the body, in voxels
 
 
 @lru_cache(maxsize=48)  # some 6 MB each; a neighbour and the references of 44 classes
@@ -154,10 +158,16 @@ def _edges(volume: Volume, step_mm: float) -> _Edges:
         padded[:, x, y, 2:] - padded[:, x, y, :-2],
     )
     full = torch.stack(slopes).square().sum((0, 1)).sqrt()
-    kernel = [min(3, n) for n in full.shape]
-    half = F.avg_pool3d(full[None], kernel, stride=2, padding=[k // 2 for k in kernel], count_include_pad=False)[0]
+    half = _halve(full)
     low, side = body_box(volume.meta)
-    return _Edges(full, half, copy.origin_mm, (low + side / 2 - copy.origin_mm) / step_mm)
+    middle = (low + side / 2 - copy.origin_mm) / step_mm
+    return _Edges(full, half, _halve(half), copy.origin_mm, middle[None])
+
+
+def _halve(x: Float[Tensor, "x y z"]) -> Float[Tensor, "u v w"]:
+    """At half the resolution; voxel i is about voxel 2i of `x`."""
+    kernel = [min(3, n) for n in x.shape]
+    return F.avg_pool3d(x[None], kernel, stride=2, padding=[k // 2 for k in kernel], count_include_pad=False)[0]
 
 
 @lru_cache(maxsize=48)

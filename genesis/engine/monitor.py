@@ -29,8 +29,8 @@ class Monitor:
             path = folder / "metrics.jsonl"
             kept = [line for row, line in _rows(path) if row["step"] <= step] if step else []
             with write_aside(path) as aside:
-                aside.write_text("".join(kept))
-            self._stream = path.open("a")
+                aside.write_text("".join(kept), encoding="utf-8")
+            self._stream = path.open("a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, figures: Mapping[str, float]) -> None:
@@ -80,7 +80,7 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
     """Rows and their lines; the torn last line of a killed run is dropped."""
     rows: list[tuple[dict[str, Any], str]] = []
     if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
             rows.append((json.loads(line), line))

@@ -35,7 +35,7 @@ def write_results(experiment: Experiment, scores: Sequence[Score], arms: Sequenc
         finetuning.predictions(folder / "figures" / "predictions.png", slices, task.names, title)
     write_json(folder / "results.json", _as_json(experiment, scores, arms, counts, first_seed))
     with write_aside(folder / "results.md") as aside:
-        aside.write_text(_as_markdown(experiment, scores, arms, counts))
+        aside.write_text(_as_markdown(experiment, scores, arms, counts), encoding="utf-8")
 
 
 def _curves(

@@ -97,7 +97,7 @@ def write_package(
         if head is not None:
             save_file({key: tensor.cpu().contiguous() for key, tensor in head.items()}, aside / "head.safetensors")
         write_json(aside / "card.json", card.model_dump(mode="json", by_alias=True))
-        (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride))
+        (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride), encoding="utf-8")
         _build(_contents(aside, read_card(aside)), aside)
     return card
 
