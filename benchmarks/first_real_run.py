@@ -147,17 +147,14 @@ def run_study(study: Study, data: Path, workspaces: Path, full: bool, threads: i
         if '"val"' in line
     ]
     lines += ["Pretraining, first and last validation (`metrics.jsonl`):", "", "```", rows[0], rows[-1], "```", ""]
-    lines += [
-        "Fine-tuning, test patients:",
-        "",
-        (workspace / "runs" / "finetuned" / "results.md").read_text(encoding="utf-8"),
-        "",
-    ]
-    for source in (workspace / "discovery" / "3d" / "figures", workspace / "runs" / "pretrained" / "figures",
-                   workspace / "runs" / "finetuned" / "figures"):  # fmt: skip
-        for picture in sorted(source.glob("*.png")):
-            shutil.copy(picture, pictures / picture.name)
-            lines.append(f"![{picture.stem}](first_real_run/{study.name}/{picture.name})")
+    results = (workspace / "runs" / "finetuned" / "results.md").read_text(encoding="utf-8").splitlines()
+    lines += ["Fine-tuning, test patients:", "", *(line for line in results if not line.startswith(("# ", "![")))]
+    for room in ("discovery/3d", "runs/pretrained", "runs/finetuned"):
+        for picture in sorted((workspace / room / "figures").glob("*.png")):
+            name = f"{Path(room).name}_{picture.name}"
+            shutil.copy(picture, pictures / name)
+            lines += ["", f"![{name}](first_real_run/{study.name}/{name})"]
+    lines.append("")
     return "\n".join(lines)
 
 
