@@ -116,7 +116,7 @@ def test_auc_counts_pairs_in_the_right_order() -> None:
     assert auc_per_class(scores, torch.zeros(40, dtype=torch.int64)).isnan().all()
 
 
-def test_the_loss_is_monais_dice_ce() -> None:
+def test_the_loss_is_monais_dice_ce_of_the_classes_in_the_batch() -> None:
     backbone = build_backbone("unet", spatial_dims=3, out_channels=3, channels=(4, 8), strides=(2,), num_res_units=0)
     method = Segmentation(backbone, ("a", "b"), background_weight=0.1, patch_size=(8, 8, 8))
     batch = {"image": torch.rand(2, 1, 8, 8, 8), "label": torch.randint(0, 3, (2, 8, 8, 8))}
@@ -126,6 +126,9 @@ def test_the_loss_is_monais_dice_ce() -> None:
     with torch.no_grad():
         ours = sum(method(batch).losses.values())
         assert float(ours) == pytest.approx(float(theirs(backbone(batch["image"]), batch["label"][:, None])))
+        batch["label"] = batch["label"] // 2  # class 2 is absent now, and its Dice loss is 1 whatever one predicts
+        with_absent = theirs.dice(backbone(batch["image"]), batch["label"][:, None])
+        assert float(method(batch).losses["dice_loss"]) == pytest.approx(2 * float(with_absent) - 1, abs=1e-5)
 
 
 @pytest.mark.parametrize(("dims", "shape"), [(3, (20, 9, 17)), (2, (20, 9, 5))])
@@ -137,6 +140,8 @@ def test_segment_covers_any_volume(dims: int, shape: tuple[int, ...]) -> None:
     probabilities = segment(backbone, image, (8,) * dims)
     assert probabilities.shape == (3, *shape)
     assert torch.allclose(probabilities.sum(0), torch.ones(shape), atol=1e-5)
+    nothing = segment(backbone, torch.zeros(1, *shape), (8,) * dims)
+    assert torch.allclose(nothing[0], torch.ones(shape))
     if dims == 2:
         assert torch.allclose(segment(backbone, image[..., 2:3], (8, 8))[..., 0], probabilities[..., 2], atol=1e-6)
 

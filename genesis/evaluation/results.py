@@ -62,16 +62,25 @@ def _slices(experiment: Experiment, task: SegmentationTask, shown: dict[str, Sco
         truth = task.classes.truth(task.store, meta).numpy()
         z = telling_slice(truth)
         raw = task.store[meta.volume].read((slice(None), slice(None), slice(z, z + 1)))
+        image = window(raw, meta, task.window_hu)[0, :, :, 0].numpy()
+        maps = {"truth": truth[..., z], **{arm: maps[meta.volume] for arm, maps in predicted.items()}}
+        part = _filled(np.max([image > 0.1, *maps.values()], axis=0))
         slices.append(
             finetuning.Slice(
                 title=f"test case {meta.volume[:8]}",
-                image=window(raw, meta, task.window_hu)[0, :, :, 0].numpy(),
+                image=image[part],
                 spacing_mm=meta.spacing_mm[:2],
-                maps={"truth": truth[..., z], **{arm: maps[meta.volume] for arm, maps in predicted.items()}},
+                maps={name: labels[part] for name, labels in maps.items()},
                 scores={arm: cases[meta.volume]["mean"] for arm, cases in scored.items() if cases[meta.volume]},
             )
         )
     return slices
+
+
+def _filled(mask: np.ndarray) -> tuple[slice, slice]:
+    """The part of a slice (x, y) outside of which nothing is set, with a rim."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return slice(max(rows[0] - 2, 0), rows[-1] + 3), slice(max(columns[0] - 2, 0), columns[-1] + 3)
 
 
 def _as_json(

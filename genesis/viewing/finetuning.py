@@ -25,6 +25,14 @@ class Slice:
     maps: Mapping[str, np.ndarray]  # by column: the truth, then each arm
     scores: Mapping[str, float]  # by arm, of the whole case
 
+    @property
+    def width_mm(self) -> float:
+        return self.image.shape[0] * self.spacing_mm[0]
+
+    @property
+    def height_mm(self) -> float:
+        return self.image.shape[1] * self.spacing_mm[1]
+
 
 def learning_curves(
     path: Path, curves: Mapping[int, Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]], metric: str
@@ -54,10 +62,9 @@ def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str], title
     """One row per test case: image, truth, and the prediction of each arm, classes in the same colours throughout."""
     columns = ["image", *slices[0].maps]
     colours = _colours(len(names))
-    figure = Figure(
-        figsize=(2.7 * len(columns), 2.8 * len(slices) + 0.6 + 0.25 * -(-len(names) // 5)), layout="constrained"
-    )
-    rows = figure.subplots(len(slices), len(columns), squeeze=False)
+    heights = [2.6 * min(case.height_mm / case.width_mm, 1.6) + 0.25 for case in slices]
+    figure = Figure((2.7 * len(columns), sum(heights) + 0.7 + 0.25 * -(-len(names) // 5)), layout="constrained")
+    rows = figure.subplots(len(slices), len(columns), squeeze=False, height_ratios=heights)
     for row, case in zip(rows, slices, strict=True):
         for panel, column in zip(row, columns, strict=True):
             _show(panel, case, case.maps.get(column), colours)
