@@ -33,7 +33,7 @@ class Classes:
     scores: list[float]  # of all matches, kept or dropped; the references not counted
     dropped: int
 
-    def matches(self) -> dict[str, float]:
+    def matches(self) -> dict[str, int | float]:
         """How many matches there were, the share that was dropped, and quantiles of their scores."""
         if not self.scores:
             return {"count": 0}
