@@ -6,7 +6,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from genesis.data.phantom import Acquisition, phantom, write_sample_cohort
 from genesis.data.store import VolumeStore
@@ -14,11 +13,9 @@ from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm, from_body, to_body
 from genesis.discovery.classes import Neighbour, make_classes
-from genesis.discovery.latents import Reconstruction, effective_rank
+from genesis.discovery.latents import effective_rank
 from genesis.discovery.matching import Pass, carry, correlate
 from genesis.discovery.neighbours import nearest_patients
-from genesis.engine.optimizer import OptimizerSettings
-from genesis.engine.trainer import fit
 from genesis.errors import UserError
 from genesis.prepare import prepare
 from genesis.seeding import generator
@@ -136,7 +133,7 @@ def test_a_class_is_one_anchor_in_several_patients(store: VolumeStore) -> None:
 
 
 def test_matching_carries_organs_to_where_they_are(store: VolumeStore) -> None:
-    """The floor: landmark error at most half of voxel anchors' and of random neighbours'."""
+    """The floors: landmark error at most half of voxel anchors' and of random neighbours', label agreement 0.8."""
     metas = store.select("train") + store.select("val")
     rng = np.random.default_rng(0)
     latents = {meta.volume: rng.normal(size=4).astype(np.float32) for meta in metas}  # neighbours at random: hardest
@@ -146,7 +143,7 @@ def test_matching_carries_organs_to_where_they_are(store: VolumeStore) -> None:
     )  # fmt: skip
     error = {rule: found[rule]["landmark_error_mm"]["median"] for rule in ("voxel", "matched", "random")}
     assert error["matched"] <= 0.5 * min(error["voxel"], error["random"]), error
-    assert found["matched"]["label_agreement"] > found["voxel"]["label_agreement"] + 0.1
+    assert found["matched"]["label_agreement"] >= 0.8 > found["voxel"]["label_agreement"] + 0.1
     assert found["matched"]["landmark_error_mm"]["count"] >= 30
 
 
@@ -165,40 +162,3 @@ def test_noisy_twins_are_matched_to_the_voxel(tmp_path: Path) -> None:
     places, score = carry(points, one, other, space="matched", step_mm=step)
     assert float((places - points).norm(dim=1).max()) < step
     assert float(score.min()) > 0.8
-
-
-class _Images(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"image": self.images[index % len(self.images)], "key": torch.tensor(index)}
-
-
-@pytest.mark.slow
-def test_noisy_copies_of_one_phantom_are_mutually_nearest(tmp_path: Path) -> None:
-    """The floor: in at least 95 % of the pairs."""
-    pairs = 20
-    images = []
-    for patient in range(pairs):
-        acquisition = Acquisition.draw(generator(patient, "acquisition"))
-        for copy in range(2):
-            scan = phantom(generator(patient, "anatomy"), generator(patient, "noise", copy), acquisition)
-            whole = ((torch.from_numpy(scan.ct).float() + 1000) / 2000).clamp(0, 1)
-            images.append(torch.nn.functional.interpolate(whole[None, None], (32, 32, 32), mode="trilinear")[0])
-    torch.manual_seed(0)
-    method = Reconstruction(3, (8, 16, 32, 64), 1)
-    fit(
-        method, _Images(torch.stack(images[::2])), validation=None, folder=tmp_path, seed=0, device="cpu", steps=120,
-        batch_size=8, optimizer=OptimizerSettings("adam", 1e-3, schedule="cosine"), title="autoencoder",
-        validate_every=120, workers=0,
-    )  # fmt: skip
-    with torch.no_grad():
-        latents = method.autoencoder.eval().encode(torch.stack(images)).numpy()
-    patients = [f"copy{number}" for number in range(2 * pairs)]
-    nearest = [
-        int(nearest_patients(row, latents, patients, [r for r in range(2 * pairs) if r != row], 1)[0][0])
-        for row in range(2 * pairs)
-    ]
-    mutual = sum(nearest[row] == row ^ 1 for row in range(2 * pairs)) / (2 * pairs)
-    assert mutual >= 0.95

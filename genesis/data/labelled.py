@@ -70,8 +70,9 @@ class LabelledPatches(Dataset[Sample]):
     """Patches for training a segmentation, drawn by global sample index: the same index and seed give the same patch.
 
     A share of them is centred on a labelled voxel, of a class drawn evenly from those that the case has, so that small
-    organs are seen as often as large ones; the others lie anywhere in the body. The extent varies by ±15 %, the
-    intensities by a gamma and a gain. There are no left-right flips, for labels name sides.
+    organs are seen as often as large ones; the others lie anywhere in the body. As the windows of inference, a patch
+    does not reach beyond the volume where that is avoidable. The extent varies by ±15 %, the intensities by a gamma
+    and a gain. There are no left-right flips, for labels name sides.
 
     Items: image (C, *patch_size) in [0, 1], label (*patch_size) int64 class indices, key int64.
     """
@@ -97,11 +98,11 @@ class LabelledPatches(Dataset[Sample]):
             voxel = voxels[int(torch.randint(len(voxels), (), generator=source))].tolist()
         else:
             voxel = [int(torch.randint(low, high, (), generator=source)) for low, high in meta.foreground_box]
-        centre = tuple(v * step for v, step in zip(voxel, meta.spacing_mm, strict=True))
         scale = _uniform(source, *SCALING)
         extent = tuple(
             n * step * scale for n, step in zip(self.patch_size, _spacing(meta, self.spacing_mm), strict=False)
         )
+        centre = _within(meta, [v * step for v, step in zip(voxel, meta.spacing_mm, strict=True)], extent)
         image = cut(volume, centre, extent, self.patch_size, self.window_hu)
         label = cut_labels(volume, centre, extent, self.patch_size)
         return {
@@ -248,6 +249,16 @@ def _spacing(meta: VolumeMeta, spacing_mm: tuple[float, ...] | None) -> tuple[fl
     """Three numbers: the asked spacing, the volume's own where none is asked."""
     asked = spacing_mm or ()
     return (*asked, *meta.spacing_mm[len(asked) :])
+
+
+def _within(meta: VolumeMeta, centre: Sequence[float], extent: Sequence[float]) -> tuple[float, ...]:
+    """The centre nearest to the wanted one for which a patch lies within the volume, or around it if it is larger."""
+    inside = list(centre)
+    for axis, length in enumerate(extent):
+        step, middle = meta.spacing_mm[axis], (meta.shape[1 + axis] - 1) / 2 * meta.spacing_mm[axis]
+        room = max(0.0, (meta.shape[1 + axis] * step - length) / 2)
+        inside[axis] = min(max(centre[axis], middle - room), middle + room)
+    return tuple(inside)
 
 
 def _labels(store: VolumeStore, meta: VolumeMeta) -> np.ndarray:

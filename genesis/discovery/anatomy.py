@@ -18,7 +18,7 @@ from .body import from_body
 from .matching import Space, carry
 from .neighbours import nearest_patients
 
-REFERENCES, NEIGHBOURS = 8, 4  # labelled volumes from which organs are carried, and to how many other patients each
+REFERENCES, NEIGHBOURS = 8, 3  # labelled volumes from which organs are carried, and to how many other patients each
 SIDE = 32  # voxels per side at which the labels of patches are compared
 RULES: tuple[Space, ...] = ("voxel", "body", "matched")
 

@@ -19,7 +19,7 @@ WINDOW_HU = (-1000.0, 1000.0)  # of a coarse copy, whatever the window of patche
 
 @dataclass(frozen=True, eq=False)
 class Coarse:
-    """A whole volume on a grid of isotropic voxels that lies within it; a side shorter than a voxel has one."""
+    """A whole volume on a grid of isotropic voxels that lies within it; a side too short for two has one."""
 
     image: Float[Tensor, "c x y z"]  # in [0, 1]
     origin_mm: Float[Tensor, " 3"]  # centre of its first voxel, in the volume's own space
@@ -38,7 +38,9 @@ def coarse(volume: Volume, step_mm: float) -> Coarse:
     """A copy of a whole volume with voxels of `step_mm`."""
     meta = volume.meta
     extent = [n * step for n, step in zip(meta.shape[1:], meta.spacing_mm, strict=True)]
-    size = [max(1, math.floor(length / step_mm)) for length in extent]
+    size = [
+        max(1, math.floor(length / step_mm)) if n > 1 else 1 for length, n in zip(extent, meta.shape[1:], strict=True)
+    ]
     centre = [(n - 1) / 2 * step for n, step in zip(meta.shape[1:], meta.spacing_mm, strict=True)]
     covered = [n * step_mm if n > 1 else length for n, length in zip(size, extent, strict=True)]
     image = cut(volume, centre, covered, size, WINDOW_HU)

@@ -1,14 +1,18 @@
 """Matching: where in a neighbour is the place that a point marks on the reference?
 
-All points of a reference are carried together. On edge maps of coarse copies every point's surroundings are looked for
-in the neighbour by normalised cross-correlation (masked, by FFT: Padfield, 2012), first at 8 mm over ± 48 mm with
-96 mm of context, then at 4 mm around what was found (sizes for a trunk; they go with the body's). In either pass the
-points agree on a smooth displacement: each takes the best compromise between its own correlation and what its
-neighbourhood found, in turns (coupled convex optimisation: Steinbrücker 2009, Heinrich 2014). A lattice of further
-points through the body takes part, so that a few anchors are guided as well as many.
+All points of a reference are carried together, on edge maps (gradient magnitude) of coarse copies, by normalised
+cross-correlation (Lewis, 1995; by FFT). First the body as a whole finds its place. Then each point's surroundings are
+looked for, at 8 mm over ± 48 mm with 100 mm of context, and again at 4 mm around what was found (sizes for a trunk; all
+go with the cohort's median body). In either pass the points agree on a smooth displacement: each takes the best
+compromise between its own correlation and what its neighbourhood found, in turns (coupled convex optimisation:
+Steinbruecker 2009, Heinrich 2014). A lattice of further points through the body takes part, so that a few anchors are
+guided as well as many.
 
-Edges, not intensities, because they mean the same under every window, contrast agent and MR sequence; measured, they
-also match better (docs of the measurement: benchmarks).
+Measured on the 49 labelled CTs of ct_headneck, five organs' centres carried to the ten nearest patients, mm, median and
+90th percentile, in brackets without the spinal cord (whose middle depends on how much of it was drawn):
+voxel 18.1, 38.4 (17.6, 36.6); body 17.4, 36.7 (17.0, 33.2); matched 6.9, 21.5 (6.1, 13.7). The recipe was chosen on a
+part of these pairs, on which edges instead of intensities lowered a single pass from 7.6, 26 to 6.6, 21. Edges also
+mean the same under every window, contrast agent and MR sequence.
 """
 
 from collections.abc import Sequence
@@ -100,14 +104,14 @@ def correlate(
     shifts = [slice(2 * r + 1) for r in radius]
     parts = []
     for a, b in zip(here.split(CHUNK), there.split(CHUNK), strict=True):
-        template, _ = _windows(fixed, a, half)
+        template = _windows(fixed, a, half)
         template = template - _sum(weight * template)
         deviation = _sum(weight * template.square()).clamp(min=FLAT**2).sqrt()
-        window, _ = _windows(moving, b, [h + r for h, r in zip(half, radius, strict=True)])
+        window = _windows(moving, b, [h + r for h, r in zip(half, radius, strict=True)])
         product = _transform(weight * template / deviation, size).conj() * _transform(window, size)
         covariance = torch.fft.irfftn(product, s=size, dim=(1, 2, 3))[(..., *shifts)]
-        scale, within = _windows(spread, b, radius)
-        parts.append(torch.where(within, covariance / scale.clamp(min=FLAT), -1.0))
+        scale = _windows(spread, b, radius)
+        parts.append(torch.where(scale > 0, covariance / scale.clamp(min=FLAT), -1.0))
     return torch.cat(parts)
 
 
@@ -179,16 +183,14 @@ def _lattice(volume: Volume, step_mm: float) -> Float[Tensor, "n 3"]:
     return within.nonzero() * torch.tensor(cells) + (torch.tensor(cells) - 1) / 2
 
 
-def _windows(x: Tensor, centres: Tensor, half: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 2 half + 1, …) around voxels, 0 outside, and where they are inside, 1 or 0."""
-    index, inside = [], []
-    for axis, h in enumerate(half):
-        place = centres[:, axis, None] + torch.arange(-h, h + 1, device=x.device)
-        index.append(place.clamp(0, x.shape[axis] - 1))
-        inside.append(place == index[-1])
-    within = inside[0][:, :, None, None] & inside[1][:, None, :, None] & inside[2][:, None, None, :]
-    boxes = x[index[0][:, :, None, None], index[1][:, None, :, None], index[2][:, None, None, :]]
-    return boxes * within, within
+def _windows(x: Float[Tensor, "x y z"], centres: Int[Tensor, "n 3"], half: Sequence[int]) -> Float[Tensor, "n u v w"]:
+    """Boxes of 2 half + 1 voxels around voxels; 0 outside."""
+    padded = F.pad(x, [1] * 6)
+    index = [
+        (centres[:, axis, None] + torch.arange(1 - h, h + 2, device=x.device)).clamp(0, n + 1)
+        for axis, (h, n) in enumerate(zip(half, x.shape, strict=True))
+    ]
+    return padded[index[0][:, :, None, None], index[1][:, None, :, None], index[2][:, None, None, :]]
 
 
 def _blur(x: Float[Tensor, "x y z"], kernels: Sequence[Tensor]) -> Float[Tensor, "x y z"]:

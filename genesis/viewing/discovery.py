@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,10 +9,11 @@ from ..data.patches import cut
 from ..data.pseudo_labels import PseudoLabels
 from ..data.store import VolumeStore
 from ..discovery.anchors import anchor_centres
-from ..discovery.body import coarse
+from ..discovery.body import body_box, coarse
 
 ROWS, COLUMNS = 16, 8  # classes, and patches of each, that are shown
 PIXELS = 96  # per side of a patch
+VIEWS = (("from the front", (0, 2), 1), ("from the left", (1, 2), 0), ("from above", (0, 1), 2))  # plane, depth
 
 
 def draw_classes(
@@ -31,26 +31,28 @@ def draw_classes(
     classes = np.unique(table.class_)
     classes = classes[np.linspace(0, len(classes) - 1, min(ROWS, len(classes))).round().astype(int)]
     train = table.split == "train"
-    rows = {
-        number: [row for row in np.flatnonzero(train & (table.class_ == number)) if table.rank[row] < COLUMNS]
-        for number in classes.tolist()
-    }
+    rows = {number: np.flatnonzero(train & (table.class_ == number))[:COLUMNS] for number in classes.tolist()}
     columns = max(len(members) for members in rows.values())
-    figure = Figure(figsize=(1.25 * columns + 0.6, 1.25 * len(rows) + 0.5), dpi=110, layout="constrained")
+    flat = len(patch_size) == 2
+    figure = Figure(figsize=(1.2 * columns + 0.4, 1.2 * len(rows) + 0.6), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row_axes, (number, members) in zip(axes, rows.items(), strict=True):
         for axis in row_axes:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        row_axes[0].set_ylabel(f"class {number}", fontsize=9)
+        row_axes[0].set_ylabel(str(number), fontsize=9, rotation=0, ha="right", va="center")
         for axis, row in zip(row_axes, members, strict=False):
             volume = store[str(table.volume[row])]
             spacing = spacing_mm or volume.meta.spacing_mm
             extent = [n * step for n, step in zip(patch_size, spacing, strict=False)][:2]
-            image = cut(volume, table.centre_mm[row].tolist(), extent, _pixels(extent), window_hu)[0]
-            _show(axis, image.numpy(), extent)
+            size = [max(1, round(PIXELS * length / max(extent))) for length in extent]
+            image = cut(volume, table.centre_mm[row].tolist(), extent, size, window_hu)[0].numpy()
+            axis.imshow(image.T, origin="lower", cmap="gray", vmin=0, vmax=1, extent=(0, extent[0], 0, extent[1]))
     for column, axis in enumerate(axes[0]):
-        axis.set_title("reference" if column == 0 else f"neighbour {column}", fontsize=9)
+        axis.set_title("reference" if column == 0 else f"{column}", fontsize=9)
+    what = "its slice" if flat else "the middle axial slice of its patch"
+    figure.suptitle(f"Each row a class: the reference and its nearest neighbours, {what}", fontsize=10)
     figure.savefig(path)
 
 
@@ -63,39 +65,32 @@ def draw_anchors(
     spacing_mm: Sequence[float] | None,
     step_mm: float,
 ) -> None:
-    """The anchors' patches over projections of the (first) reference from the front, the side and above."""
-    from matplotlib import colormaps
+    """The anchors on projections of the (first) reference's body, with one patch for scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     volume, centres = anchor_centres(store, table)
     copy = coarse(volume, step_mm)
     image = copy.image[0].numpy()
-    side = [*(n * s for n, s in zip(patch_size, spacing_mm or volume.meta.spacing_mm, strict=False)), 0.0][:3]
-    views = [(name, (i, j), k) for name, (i, j), k in (("front", (0, 2), 1), ("side", (1, 2), 0), ("above", (0, 1), 2))
-             if image.shape[i] > 1 and image.shape[j] > 1]  # fmt: skip
-    figure = Figure(figsize=(4.6 * len(views), 5.0), dpi=110, layout="constrained")
-    for axis, (name, (i, j), depth) in zip(figure.subplots(1, len(views), squeeze=False)[0], views, strict=True):
-        extent = [n * step_mm for n in image.shape]
-        low = copy.origin_mm.numpy() - step_mm / 2
-        axis.imshow(
-            image.mean(axis=depth).T, origin="lower", cmap="gray",
-            extent=(low[i], low[i] + extent[i], low[j], low[j] + extent[j]),
+    low = (copy.origin_mm - step_mm / 2).tolist()
+    high = [start + n * step_mm for start, n in zip(low, image.shape, strict=True)]
+    corner, body = (values.tolist() for values in body_box(volume.meta))
+    patch = [*(n * step for n, step in zip(patch_size, spacing_mm or volume.meta.spacing_mm, strict=False)), 0.0][:3]
+    views = [view for view in VIEWS if min(image.shape[axis] for axis in view[1]) > 1]
+    widths = [body[i] for _, (i, _), _ in views]
+    figure = Figure(figsize=(4.0 * sum(widths) / max(body) + 1.0, 5.2), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(views), squeeze=False, width_ratios=widths)[0]
+    for axis, (name, (i, j), depth) in zip(axes, views, strict=True):
+        axis.imshow(image.mean(axis=depth).T, origin="lower", cmap="gray", extent=(low[i], high[i], low[j], high[j]))
+        axis.set(xlim=(corner[i], corner[i] + body[i]), ylim=(corner[j], corner[j] + body[j]), title=name)
+        axis.set(xlabel=f"{'xyz'[i]}, mm", ylabel=f"{'xyz'[j]}, mm")
+        spot = centres[0].tolist()
+        axis.add_patch(
+            Rectangle((spot[i] - patch[i] / 2, spot[j] - patch[j] / 2), patch[i], patch[j],
+                      fill=False, edgecolor="tab:orange", linewidth=1.5)
         )  # fmt: skip
-        axis.set(title=f"from {name}" if name == "above" else f"from the {name}", xlabel="mm", ylabel="mm")
-        for number, centre in enumerate(centres.tolist()):
-            colour = colormaps["turbo"](0.1 + 0.85 * number / max(len(centres) - 1, 1))
-            corner = centre[i] - side[i] / 2, centre[j] - side[j] / 2
-            axis.add_patch(Rectangle(corner, side[i], side[j], fill=False, edgecolor=colour, linewidth=0.9))
-            axis.text(centre[i], centre[j], str(number), color=colour, fontsize=9,
-                      ha="center", va="center", weight="bold")  # fmt: skip
-    figure.suptitle(f"{len(centres)} anchors; a box is the patch of one class", fontsize=11)
+        axis.scatter(centres[:, i], centres[:, j], s=130, color="tab:orange", edgecolor="black", linewidth=0.6)
+        for number, place in enumerate(centres.tolist()):
+            axis.text(place[i], place[j], str(number), color="black", fontsize=7, ha="center", va="center")
+    figure.suptitle(f"Reference and its {len(centres)} anchors; the frame is the patch of class 0", fontsize=10)
     figure.savefig(path)
-
-
-def _pixels(extent: Sequence[float]) -> list[int]:
-    return [max(1, round(PIXELS * length / max(extent))) for length in extent]
-
-
-def _show(axis: Any, image: np.ndarray, extent: Sequence[float]) -> None:
-    axis.imshow(image.T, origin="lower", cmap="gray", vmin=0, vmax=1, extent=(0, extent[0], 0, extent[1]))
