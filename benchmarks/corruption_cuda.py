@@ -48,7 +48,9 @@ def main() -> None:
             torch.cuda.set_sync_debug_mode("default")
         turns.append((seconds_of(corrupt, options.repeats, device), seconds_of(step, options.repeats, device)))
     ours, rival = (min(times) * 1000 for times in zip(*turns, strict=True))
-    subject = f"corruption, batch {options.batch}, {'×'.join(map(str, size))}, vs a training step of the published U-Net"
+    subject = (
+        f"corruption, batch {options.batch}, {'×'.join(map(str, size))}, vs a training step of the published U-Net"
+    )
     write(
         "corruption_cuda",
         [row(subject, ours, rival, "ms", "≤ 0.03")],

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def constant(work: Path, repeats: int) -> Row:
             batch_size=settings.train.batch_size, optimizer=OptimizerSettings("adam", 1e-3), validate_every=25,
             workers=0, title="training",
         )  # fmt: skip
-        steps = [after - before for before, after in zip(ends[4:], ends[5:], strict=False)]
+        steps = [after - before for before, after in pairwise(ends[4:])]
         return 1000 * sorted(steps)[len(steps) // 2]
 
     medians: dict[str, list[float]] = {"small": [], "large": []}
@@ -131,8 +132,8 @@ def main() -> None:
     write(
         "cost_against_size",
         rows,
-        f"{options.scans} and {10 * options.scans} phantoms of {'×'.join(map(str, SHAPE))} voxels, one thread; least of "
-        f"{options.repeats} turns, of a training step the least of the turns' medians",
+        f"{options.scans} and {10 * options.scans} phantoms of {'×'.join(map(str, SHAPE))} voxels, one thread; least "
+        f"of {options.repeats} turns, of a training step the least of the turns' medians",
         "index: rival is the limit of one second",
     )
 

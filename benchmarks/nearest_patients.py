@@ -91,7 +91,7 @@ def main() -> None:
             row(f"{subject}, vs reading them", took["ours"], took["rival"], "s", "≤ 3"),
             row(f"{subject}, anonymous memory", memory.most, 1.0, "GB", "≤ 1"),
         ],
-        f"least of {options.repeats} turns, {options.threads} threads; float32, memory-mapped, two scans of each patient; "
+        f"least of {options.repeats} turns, {options.threads} threads; memory-mapped float32, two scans of a patient; "
         f"{before:.2f} GB of the anonymous memory were there before the search, ids of the patients included",
     )
 

@@ -3,8 +3,8 @@
     python benchmarks/prepare.py [--data FOLDER]
 
 Rivals, each on the same files with two processes: MONAI's `LoadImaged`, `Orientationd` and `ScaleIntensityRanged` into
-a `PersistentDataset`, filled through a DataLoader; and decompressing the files (zlib, through Python's gzip) and hashing
-what comes out (BLAKE2b). Every turn starts from nothing, processes included.
+a `PersistentDataset`, filled through a DataLoader; and decompressing the files (zlib, through Python's gzip) and
+hashing what comes out (BLAKE2b). Every turn starts from nothing, processes included.
 """
 
 import argparse

@@ -96,7 +96,9 @@ def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]
     rows = [row(f"{subject}, vs a fixed batch", batch_size / ours, batch_size / rival, "patches/s", target)]
     if cuda:
         rate, aim = step_flops(method, batch) / ours, "≥ 0.4" if config.endswith("published") else ""
-        rows.append(row(f"{subject}, share of the matrix rate", rate / 1e12, matrix_rate(device) / 1e12, "TFLOP/s", aim))
+        rows.append(
+            row(f"{subject}, share of the matrix rate", rate / 1e12, matrix_rate(device) / 1e12, "TFLOP/s", aim)
+        )
     return rows
 
 

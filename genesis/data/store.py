@@ -33,8 +33,8 @@ SCHEMA = 1
 INCOMING = ".incoming"  # in a store into which scans are being read
 SETTLED_NS = 2 * 10**9  # a folder's time of change is no finer than this on some file systems
 CHUNK, BLOCK = 64, 32  # voxels per side; measured: fastest for random reads of 64³ to 128³ at a small size
-# Measured on a chest CT and a head-neck CT, size against z-scored float32 zstd-8, and speed of reading it: LZ4HC level 1
-# 0.46 and 0.52, 5 times; level 5 0.43 and 0.48, as fast, but written at a quarter of the speed, which is then most of
+# Measured on a chest CT and a head-neck CT, size against z-scored float32 zstd-8, and speed of reading it: LZ4HC level
+# 1 0.46 and 0.52, 5 times; level 5 0.43 and 0.48, as fast, but written at a quarter of the speed, which is then most of
 # what prepare does; zstd-4 0.36 and 0.40, 2 times; LZ4HC with bit-shuffle 0.41 and 0.55, 4 times.
 COMPRESSION = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
 
@@ -272,4 +272,7 @@ def _damaged(file: Path) -> UserError:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+    """Lists, and lists in them, as tuples."""
+    if type(value) is not list:
+        return value
+    return tuple(map(tuple, value)) if value and type(value[0]) is list else tuple(value)

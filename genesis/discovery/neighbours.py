@@ -27,8 +27,8 @@ def nearest_patients(
     while taken:
         near = np.flatnonzero(distances <= np.partition(distances, taken - 1)[taken - 1])
         near = near[np.argsort(distances[near], kind="stable")]
-        rows = np.array([among[place] for place in near])
-        _, first = np.unique([patients[row] for row in rows], return_index=True)
+        rows = np.array([among[place] for place in near.tolist()])
+        _, first = np.unique([patients[row] for row in rows.tolist()], return_index=True)
         if len(first) >= count or taken == len(among):
             chosen = np.sort(first)[:count]
             return rows[chosen], distances[near[chosen]].clip(min=0)
