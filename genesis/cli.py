@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -51,6 +52,12 @@ def add_dim_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def command(options: argparse.Namespace, text: str) -> str:
+    """The command line of a next step, in the same workspace: `command(options, "export --run a")`."""
+    where = f" --workspace {shlex.quote(options.workspace)}" if options.workspace else ""
+    return f"python -m genesis.{text}{where}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; user errors end with one sentence and exit code 2."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -77,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         importlib.import_module(f".{options.verb}", __package__).run(options)
     except UserError as error:
         print(f"genesis {options.verb}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(
+            f"genesis {options.verb}: {error.filename or 'a file'}: {error.strerror or error}; "
+            "what was written before stays valid.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(

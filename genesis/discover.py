@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .cli import add_dim_argument
+from .cli import add_dim_argument, command
 from .config import Config, DiscoveryConfig, load_config
 from .data.patches import Endless, WholeVolumes, resolve_spacing
 from .data.phantom import write_sample_cohort
@@ -67,10 +67,11 @@ def run(options: argparse.Namespace) -> None:
     folder = workspace.discovery(config.spatial_dims)
     with write_folder_aside(folder) as aside:
         record = _discover(store, train, held_out, config, spacing, aside, options)
+    recipe = f" --config {options.config}" if options.config else ""
     print(
         f"{record['classes']} classes, {record['rows']} patches of {record['patients']} patients. "
         f"Look at {folder / 'figures' / 'classes.png'}: each row should show the same anatomy.\n"
-        f"Pseudo-labels are in {folder}. Next: python -m genesis.train --dim {options.dim}"
+        f"Pseudo-labels are in {folder}. Next: {command(options, f'train --dim {options.dim}{recipe}')}"
     )
 
 
@@ -153,6 +154,7 @@ def _discover(
         "in_channels": train[0].shape[0],
         "spacing_mm": spacing,
         "data": config.data.model_dump(mode="json"),
+        "discovery": config.discovery.model_dump(mode="json"),
         "classes": table.classes,
         "rows": len(table),
         "patients": len(set(table.patient.tolist())),

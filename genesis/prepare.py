@@ -16,14 +16,14 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .cli import command
 from .data.audit import Audit
 from .data.case_map import CaseMap, Row
 from .data.cohort import Case, Cohort, find_cases
 from .data.intake import hashed
-from .data.store import Modality
+from .data.store import Modality, read_audit
 from .data.update import Reading, update_store
 from .errors import UserError
-from .files import read_json
 from .workspace import Workspace
 
 SHOWN = 20  # quarantined scans that are named on the terminal
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         exclude=options.exclude,
         workers=options.workers,
     )
-    print(f"The volumes are in {workspace.store}. Next: python -m genesis.discover")
+    print(f"The volumes are in {workspace.store}. Next: {command(options, 'discover')}")
 
 
 def prepare(
@@ -91,7 +91,7 @@ def prepare(
             f"{data} holds only files of the workspace {workspace.root}; pass scans of your own with --data."
         )
     case_map = CaseMap(workspace.case_map, os.path.relpath(store, workspace.root))
-    earlier = read_json(store / "audit.json") if (store / "audit.json").is_file() else {}
+    earlier = read_audit(store)
     excluded = _excluded(Path(exclude), cases, reading.key) if exclude else set(earlier.get("excluded", ()))
 
     def seen(case: Case | Row) -> bool:
@@ -102,16 +102,16 @@ def prepare(
         raise UserError(
             f"{data} names no labels; pass a dataset.json with label maps, or a CSV with a column label or target."
         )
-    elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
+    if not wanted:
+        raise UserError(f"All scans at {data} are excluded; see --exclude.")
+    paths = {case.path for case in wanted}
+    elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row) and row.path not in paths]
     names = _label_names(cohort, earlier.get("label_names", {}) if elsewhere else {}, store)
-    paths = {case.path for case in wanted} | {row.path for row in elsewhere}
-    case_map.rows = {path: row for path, row in case_map.rows.items() if path in paths}
     without = f", without {len(cases) - len(wanted)} excluded ones" if excluded else ""
     print(f"{data}: {len(wanted)} scans of {len({case.patient for case in wanted})} patients{without}")
-    metas = update_store(store, data, wanted, case_map, reading, workers)
+    metas = update_store(store, data, wanted, elsewhere, case_map, reading, workers)
     faults = _name_faults(case_map, wanted)
     if not metas:
-        (store / "audit.json").unlink(missing_ok=True)
         raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
     audit = Audit.of(metas, case_map.rows.values(), excluded=excluded, label_names=names, sample=sample)
     audit.write(store / "audit.json")

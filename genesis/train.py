@@ -12,6 +12,7 @@ the last step. A run that was stopped goes on with --resume, on the CPU to the s
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def run(options: argparse.Namespace) -> None:
     finally:
         if fabric.is_global_zero:
             _write_run(folder, config, {**record, "status": status})
+    if not isfinite(result.best_loss):
+        raise UserError(
+            f"The training of {folder.name} diverged: no validation had a finite loss; "
+            "lower train.optimizer.learning_rate."
+        )
     if fabric.is_global_zero:
         method.load_state_dict(read_checkpoint(folder / "checkpoints" / "best.pt")["method"])
         _draw(folder, method.eval(), validation or train, record["spacing_mm"], fabric.device)
@@ -129,7 +135,15 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
     verify_folder(folder, "discovery.json", "pseudo_labels.csv")
     record = read_json(folder / "discovery.json")
-    return Discovered(VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv"), record)
+    store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
+    now = {meta.volume: meta.split for meta in store}
+    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now.get(v, split) != split}
+    if moved:
+        raise UserError(
+            f"{len(moved)} volumes have moved to another split since the pseudo-labels were made (for instance "
+            f"{min(moved)}), test patients perhaps; make them anew with: {again}"
+        )
+    return Discovered(store, table, record)
 
 
 def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Config, dict[str, Any], Discovered]:
@@ -137,9 +151,8 @@ def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Conf
     found = _discovered(workspace, int(options.dim[0]))
     config = _configure(options, found)
     name = options.run or _free_name(workspace, Path(options.config or f"{options.method}_{options.dim}").stem)
-    if "/" in name or "\\" in name or name.startswith("."):
-        raise UserError(f"--run {name}: the name of a run has no slashes and no leading dot.")
-    if (workspace.runs / name).exists():
+    folder = workspace.new_run(name)
+    if folder.exists():
         raise UserError(
             f"There is a run {name} in {workspace.runs}; go on with it by --resume, or choose another --run."
         )
@@ -154,11 +167,12 @@ def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Conf
         "modality": found.record["modality"],
         "pseudo_labels_sha256": found.record["pseudo_labels_sha256"],
         "cohort": {
+            "key": workspace.id_key_hash(),
             "patients": sorted({meta.patient for meta in seen}),
             "volumes": sorted(meta.volume for meta in seen),
         },
     }
-    return workspace.runs / name, config, record, found
+    return folder, config, record, found
 
 
 def _reopen(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Config, dict[str, Any], Discovered]:
@@ -167,7 +181,14 @@ def _reopen(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Co
         raise UserError("--resume goes on in the run's own config; --config and --set belong to a new run.")
     folder = workspace.run(options.run, "train")
     record = read_json(folder / "run.json")
+    if record["dim"] != options.dim:
+        raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
     config = load_config(str(folder / "config.yaml"), values=_steps(options))
+    last = folder / "checkpoints" / "last.pt"
+    if not last.is_file() and last.with_name("best.pt").is_file():
+        raise UserError(f"{last} is missing, so {folder.name} cannot go on; export what it has, or start a new run.")
+    if last.is_file() and (done := read_checkpoint(last)["step"]) > config.train.steps:
+        raise UserError(f"The run {folder.name} has {done} steps already; --steps {config.train.steps} is less.")
     found = _discovered(workspace, config.spatial_dims)
     if found.record["pseudo_labels_sha256"] != record["pseudo_labels_sha256"]:
         raise UserError(
@@ -178,11 +199,11 @@ def _reopen(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Co
 
 
 def _configure(options: argparse.Namespace, found: Discovered) -> Config:
-    """The run's config, whose data section is that of discovery."""
+    """The run's config, whose sections data and discovery are those of discovery."""
     name = options.config or f"{options.method}_{options.dim}"
     values = _steps(options)
-    if options.config is None and not any(override.lstrip().startswith("data.") for override in options.overrides):
-        values["data"] = found.record["data"]
+    if options.config is None:
+        values |= {section: dict(found.record[section]) for section in ("data", "discovery")}
     config = load_config(name, options.overrides, sample=found.store.sample, values=values)
     if config.spatial_dims != int(options.dim[0]):
         raise UserError(f"The config {name} is {config.spatial_dims}D; pass --dim {config.spatial_dims}d.")

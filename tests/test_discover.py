@@ -105,7 +105,7 @@ def test_it_leaves_a_table_its_quality_and_pictures(workspace: Path, capsys: pyt
     assert set(quality["anatomy"]) == {"voxel", "body", "matched", "random"}
     assert 0 < quality["coverage"] <= 1
     assert quality["similarity"]["within"] > quality["similarity"]["between"]
-    assert capsys.readouterr().out.splitlines()[-1].endswith("Next: python -m genesis.train --dim 3d")
+    assert "Next: python -m genesis.train --dim 3d --workspace" in capsys.readouterr().out.splitlines()[-1]
     before = (folder / "pseudo_labels.csv").read_bytes(), (folder / "latents.npy").read_bytes()
     discover(workspace, TINY_3D)
     assert before == ((folder / "pseudo_labels.csv").read_bytes(), (folder / "latents.npy").read_bytes())

@@ -117,13 +117,17 @@ def test_a_second_call_reads_only_what_is_new_or_changed(
 
 
 def test_another_choice_reads_all_anew(
-    prepared: Prepare, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepare,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in range(2):
         save(tmp_path / "brats" / f"{number}.nii", np.stack([ct(2 * number), ct(2 * number + 1)], -1))
     with pytest.raises(UserError, match="None of the 2 scans"):
         prepared(tmp_path / "brats", modality="mr")
-    assert "choose with --channels" in rows(workspace)[0]["reason"]
+    assert "choose with --channels" in capsys.readouterr().out
     read = read_scans(monkeypatch)
     prepared(tmp_path / "brats", modality="mr", channels="all")
     assert {meta.shape[0] for meta in VolumeStore(workspace.store)} == {2}
@@ -134,6 +138,16 @@ def test_another_choice_reads_all_anew(
     assert read == ["0", "1"] * 3
     with pytest.raises(UserError, match="--channels T1: there is no such channel"):
         prepared(tmp_path / "brats", channels="T1")
+
+
+def test_unusable_scans_leave_the_store_as_it_was(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
+    prepared()
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(UserError, match="None of the 1 scans"):
+        prepared(tmp_path / "broken", sample=False)
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before
 
 
 def test_other_scans_are_added(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
@@ -387,7 +401,7 @@ def test_the_verb(scans: Path, workspace: Workspace, capsys: pytest.CaptureFixtu
     main(["prepare", *arguments, "--workers", "2"])
     output = capsys.readouterr().out
     assert "7 volumes of 7 patients" in output
-    assert output.strip().endswith("Next: python -m genesis.discover")
+    assert output.strip().endswith(f"Next: python -m genesis.discover --workspace {workspace.root}")
 
 
 def test_neither_the_verb_nor_its_workers_import_torch() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from genesis import cli
 from genesis.config import load_config
 from genesis.data.pseudo_labels import PseudoLabels
-from genesis.data.store import VolumeMeta, write_volume
+from genesis.data.store import VolumeMeta, VolumeStore, write_volume
 from genesis.engine import trainer
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.files import read_json, sha256, write_folder_aside, write_json
+from genesis.workspace import Workspace
 
 SIDE, PATCH, CLASSES = 32, 16, 3
 DATA = {"patch_size": [PATCH] * 3, "spacing_mm": "median", "window_hu": [-1000.0, 1000.0]}
@@ -63,7 +65,8 @@ def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> No
             aside / "discovery.json",
             {
                 "schema": 1, "dim": "3d", "seed": 0, "modality": "ct", "in_channels": 1, "spacing_mm": [2.0, 2.0, 2.0],
-                "data": data, "pseudo_labels_sha256": sha256(aside / "pseudo_labels.csv"),
+                "data": data, "discovery": load_config("semantic_genesis_3d").discovery.model_dump(mode="json"),
+                "pseudo_labels_sha256": sha256(aside / "pseudo_labels.csv"),
             },
         )  # fmt: skip
 
@@ -71,6 +74,7 @@ def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> No
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     make_store(tmp_path / "store")
+    Workspace(tmp_path).id_key()
     make_discovery(tmp_path / "discovery" / "3d", DATA)
     return tmp_path
 
@@ -109,7 +113,11 @@ def test_a_run_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -
     }  # fmt: skip
     assert record["spacing_mm"] == [2, 2, 2]
     assert record["trained"] == ["encoder", "decoder"]
-    assert record["cohort"] == {"patients": [f"p{i}" for i in range(7)], "volumes": [f"v{i}" for i in range(7)]}
+    assert record["cohort"] == {
+        "key": Workspace(workspace).id_key_hash(),
+        "patients": [f"p{i}" for i in range(7)],
+        "volumes": [f"v{i}" for i in range(7)],
+    }
     assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == DATA
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (2, "val"), (4, "train"), (4, "val")]
@@ -177,6 +185,7 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
 
 
 def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
+    make_discovery(workspace / "discovery" / "3d", {**DATA, "spacing_mm": [2.0, 2.0, 2.0]})
     train(workspace, "--steps", "1", "--set", "data.patch_size=[16,16,16]")
 
 
@@ -201,6 +210,27 @@ def test_mistakes_are_named(arguments: list[str], words: str, refused: Callable[
     assert words in refused(*arguments)
 
 
+def test_resuming_loses_nothing(workspace: Path, refused: Callable[..., str]) -> None:
+    train(workspace, "--steps", "4", "--run", "whole")
+    assert "has 4 steps already" in refused("--resume", "--run", "whole", "--steps", "2", tiny=False)
+    assert "pass --dim 3d" in refused("--resume", "--run", "whole", "--dim", "2d", tiny=False)
+    checkpoints = workspace / "runs" / "whole" / "checkpoints"
+    last = (checkpoints / "last.pt").read_bytes()
+    (checkpoints / "last.pt").write_bytes(last[:1000])
+    record = (workspace / "runs" / "whole" / "run.json").read_bytes()
+    assert "is damaged" in refused("--resume", "--run", "whole", "--steps", "6", tiny=False)
+    assert (workspace / "runs" / "whole" / "run.json").read_bytes() == record
+    (checkpoints / "last.pt").unlink()
+    assert "cannot go on" in refused("--resume", "--run", "whole", tiny=False)
+
+
+def test_a_diverged_training_is_no_success(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(workspace, "--steps", "4", "--set", "train.optimizer.learning_rate=1e30")
+    assert stop.value.code == 2
+    assert "diverged: no validation" in capsys.readouterr().err
+
+
 def test_resuming_what_is_not_there(refused: Callable[..., str]) -> None:
     assert "There is no train run" in refused("--resume", tiny=False)
     assert "There is no run 'x'" in refused("--resume", "--run", "x", tiny=False)
@@ -211,6 +241,13 @@ def test_a_taken_name_and_a_changed_discovery(workspace: Path, refused: Callable
     assert "There is a run first" in refused("--run", "first")
     make_discovery(workspace / "discovery" / "3d", DATA, shift=2.0)
     assert "made anew since" in refused("--resume", "--run", "first", tiny=False)
+
+
+def test_a_patient_who_moved_to_the_test_split(workspace: Path, refused: Callable[..., str]) -> None:
+    """Labels that came after discovery may give a patient it has seen to the test split."""
+    volume = VolumeStore(workspace / "store")["v2"]
+    write_volume(workspace / "store", volume.read(), replace(volume.meta, split="test"))
+    assert "1 volumes have moved to another split" in refused("--steps", "2")
 
 
 def test_a_damaged_table(workspace: Path, refused: Callable[..., str]) -> None:
