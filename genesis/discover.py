@@ -152,7 +152,7 @@ def _discover(
         "modality": train[0].modality,
         "in_channels": train[0].shape[0],
         "spacing_mm": spacing,
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"resident"}),
         "classes": table.classes,
         "rows": len(table),
         "patients": len(set(table.patient.tolist())),

@@ -102,9 +102,7 @@ def test_shrinking_does_not_alias() -> None:
 
 def test_a_batch_equals_each_of_its_samples() -> None:
     x = torch.rand(3, 2, 10, 11, 12)
-    weights = [
-        torch.stack([full(5, 4.0 + sample, 6.0 + sample, 1.0, n) for sample in range(3)]) for n in (10, 11, 12)
-    ]
+    weights = [torch.stack([full(5, 4.0 + sample, 6.0 + sample, 1.0, n) for sample in range(3)]) for n in (10, 11, 12)]
     batch = resample(x, *weights)
     for sample in range(3):
         alone = resample(x[sample], *(w[sample] for w in weights))

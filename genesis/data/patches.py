@@ -223,7 +223,7 @@ class TablePatches(Dataset[Sample]):
         volumes, number = np.unique(self.table.volume, return_inverse=True)
         dims = len(self.patch_size)
         spacing = np.array([self.spacing_mm or self.store[str(volume)].meta.spacing_mm[:dims] for volume in volumes])
-        return self.patch_size * spacing[number]
+        return np.array(self.patch_size) * spacing[number]
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,9 +51,9 @@ def local_weights(
     """How the voxels of a box follow from some voxels of a volume along one axis, which include its `local_range`.
 
     Between voxel centres the interpolation is linear; when voxels of the box are wider than the volume's, it is a
-    triangle of twice the width of the box's voxel (anti-aliasing, as `torch.nn.functional.interpolate(antialias=True)`).
-    A row sums to the share of its voxel that lies within the volume: outside there is background, 0, and `voxels` that
-    do not exist have no weight. `extent_mm` 0 samples points.
+    triangle of twice the width of the box's voxel (anti-aliasing, as `torch.nn.functional.interpolate` with
+    `antialias=True`). A row sums to the share of its voxel that lies within the volume: outside there is background, 0,
+    and `voxels` that do not exist have no weight. `extent_mm` 0 samples points.
     """
     centre, extent, spacing = _doubles(centre_mm, extent_mm, spacing_mm)
     at = positions(n_out, centre, extent, spacing)[..., None]

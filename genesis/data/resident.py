@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..progress import progress
-from .patches import Finite, Sample, TablePatches, window_line
+from .patches import Sample, TablePatches, window_line
 from .resample import local_range, local_weights, resample
 from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
@@ -26,9 +26,7 @@ AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
 
 
-def residence(
-    metas: Sequence[VolumeMeta], device: torch.device, resident: Literal["auto"] | float
-) -> tuple[bool, str]:
+def residence(metas: Sequence[VolumeMeta], device: torch.device, resident: Literal["auto"] | float) -> tuple[bool, str]:
     """Whether these volumes shall stay in the device's memory, and why, as a line to print.
 
     `resident` is the share of the device's memory that they may take, 0 for none; "auto" keeps them on a GPU of which
@@ -75,8 +73,8 @@ class ResidentVolumes:
         self._offset = (sizes.cumsum(0) - sizes).to(device)
         lines = [window_line(meta, window_hu) for meta in metas]
         self._gain, self._bias = (torch.stack(values).to(device) for values in zip(*lines, strict=True))
-        lift = torch.zeros(len(volumes))  # uint16 is kept as the int16 that is smaller by 2^15
-        # A run of voxels along z may go on behind the end of its volume, and so behind the last: the values do not count.
+        lift = torch.zeros(len(volumes), 1)  # uint16 is kept as the int16 that is smaller by 2^15
+        # A run of voxels along z may go on behind the end of the last volume: what is there has no weight.
         self._voxels = torch.zeros(int(sizes.sum() + self._shape[:, 2].max()), dtype=torch.int16, device=device)
         places = self._voxels[: int(sizes.sum())].split(sizes.tolist())
         processes = min(available_cores(), 1 + self._voxels.nbytes // READ_PER_PROCESS)
@@ -109,7 +107,7 @@ class ResidentVolumes:
         count = count[order]
         whole = torch.column_stack([number, start, self._shape[number], torch.arange(len(number))])[order]
         exact = torch.cat([centre, extent, self._spacing[number]], dim=1)[order]
-        whole, exact = to_device(whole, self.device), to_device(exact, self.device)
+        whole, exact = _to_device(whole, self.device), _to_device(exact, self.device)
 
         image = torch.empty(len(volume), self.channels, *box, device=self.device)
         padding = torch.empty(len(volume), device=self.device)
@@ -129,21 +127,19 @@ class ResidentVolumes:
     ) -> tuple[Float[Tensor, "b c nx ny nz"], Float[Tensor, " b"]]:
         number, start, shape = whole[:, 0], whole[:, 1:4], whole[:, 4:7]
         voxels = [start[:, axis, None] + torch.arange(n, device=self.device) for axis, n in enumerate(count)]
-        weights = [
-            local_weights(box[axis], *exact[:, axis::3].unbind(1), shape[:, axis], voxels[axis]) for axis in range(3)
-        ]
+        weights = []
+        for axis in range(3):
+            centre, extent, spacing = exact[:, axis::3].unbind(1)
+            weights.append(local_weights(box[axis], centre, extent, spacing, shape[:, axis], voxels[axis]))
         x, y = (torch.minimum(voxels[axis], shape[:, axis, None] - 1) for axis in range(2))
         plane = torch.arange(self.channels, device=self.device)[:, None] * shape[:, 0, None, None] + x[:, None]
         runs = plane[..., None] * shape[:, 1, None, None, None] + y[:, None, None]
         runs = runs * shape[:, 2, None, None, None] + (self._offset[number] + start[:, 2])[:, None, None, None]
         stored = self._voxels.unfold(0, count[2], 1)[runs]  # (b, c, x, y, z)
-        lift, gain, bias = (values[..., None, None, None] for values in (self._lift[number, None], *self._line(number)))
+        lift, gain, bias = (values[number, :, None, None, None] for values in (self._lift, self._gain, self._bias))
         windowed = stored.float().add_(lift).mul_(gain).add_(bias).clamp_(0, 1)
         inside = torch.stack([weight.sum(2).mean(1) for weight in weights]).prod(0)
         return resample(windowed, *weights), (1 - inside).clamp(min=0)
-
-    def _line(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        return self._gain[number], self._bias[number]
 
 
 class ResidentPatches(Dataset[Sample]):
@@ -153,10 +149,6 @@ class ResidentPatches(Dataset[Sample]):
         self.patches, self.volumes = patches, volumes
         self._volume = np.searchsorted(volumes.ids, patches.table.volume)
 
-    def __len__(self) -> int:
-        assert isinstance(self.patches, Finite)
-        return len(self.patches)
-
     def __getitems__(self, indices: Sequence[int]) -> Sample:
         """The batch of these samples: what `torch.utils.data.default_collate` makes of the items."""
         boxes = self.patches.boxes(indices)
@@ -164,14 +156,14 @@ class ResidentPatches(Dataset[Sample]):
             self._volume[boxes.row], boxes.centre_mm, boxes.extent_mm, self.patches.patch_size
         )
         numbers = torch.from_numpy(np.stack([self.patches.table.class_[boxes.row], boxes.key]))
-        label, key = to_device(numbers, self.volumes.device)
+        label, key = _to_device(numbers, self.volumes.device)
         return {"image": image, "label": label, "key": key, "padding": padding}
 
     def __getitem__(self, index: int) -> Sample:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copied without waiting for what the device is doing, for which the source must be pinned."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
@@ -189,4 +181,6 @@ def _gb(count: float) -> str:
 
 
 def _crashed(volume: Volume) -> np.ndarray:
-    raise UserError(f"Reading volume {volume.meta.volume} ended its process: is there enough memory? Try data.resident=0.")
+    raise UserError(
+        f"Reading volume {volume.meta.volume} ended its process: is there enough memory? Try data.resident=0."
+    )
