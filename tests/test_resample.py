@@ -100,6 +100,13 @@ def test_shrinking_does_not_alias() -> None:
     torch.testing.assert_close(middle, torch.full((24,), 0.5))
 
 
+def test_autocast_does_not_make_it_coarse() -> None:
+    x, weights = torch.rand(1, 9, 9, 9), [full(6, 4.0, 8.0, 1.0, 9)] * 3
+    expected = resample(x, *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample(x, *weights), expected)
+
+
 def test_a_batch_equals_each_of_its_samples() -> None:
     x = torch.rand(3, 2, 10, 11, 12)
     weights = [torch.stack([full(5, 4.0 + sample, 6.0 + sample, 1.0, n) for sample in range(3)]) for n in (10, 11, 12)]

@@ -176,7 +176,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return whole, whole
 
 
-def _gb(count: float) -> str:
+def _gb(count: int | float) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
