@@ -39,6 +39,7 @@ def table(rows: int = 24) -> PseudoLabels:
     """Places in and around the volumes: some patches reach outside, some lie there."""
     rng = np.random.default_rng(1)
     places = {name: rng.uniform(-10, 70, rows) for name in ("cx_mm", "cy_mm", "cz_mm")}
+    places["cx_mm"][:2] = -500, 500
     zeros = {name: np.zeros(rows) for name in ("rank", "distance", "x", "y", "z", "sx", "sy", "sz")}
     names = np.array([*"abc"])[np.arange(rows) % 3]
     return PseudoLabels(
@@ -65,10 +66,8 @@ def assert_same(
             assert batch[name].device.type == device.type
             torch.testing.assert_close(batch[name].cpu(), values, rtol=0, atol=1e-6)
             torch.testing.assert_close(kept[indices[5]][name].cpu(), values[5], rtol=0, atol=1e-6)
-        outside = streamed["padding"]
-        assert outside.min() == 0 or len(size) == 3
-        assert outside.max() == 1
-        assert ((outside > 0.1) & (outside < 0.9)).any()
+        assert streamed["padding"].max() == 1
+        assert streamed["image"].flatten(1).any(1).sum() > 12
 
 
 CASES = [

@@ -21,7 +21,8 @@ from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
 
 AUTO_SHARE = 0.5  # of a GPU's memory; the network and its activations need the rest
-# Voxels read at once, which bounds the memory beside the volumes: about 30 bytes each. Few fit a CPU's cache.
+# Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. On a CPU they are to fit its cache:
+# 2^19 is measured to cut a batch twice as fast as 2^25.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
 
@@ -35,7 +36,7 @@ def residence(metas: Sequence[VolumeMeta], device: torch.device, resident: Liter
     if resident == 0:
         return False, "Patches stream from the store (data.resident is off)."
     if resident == "auto" and device.type == "cpu":
-        return False, "Patches stream from the store; data.resident=0.5 would hold it in up to half of the memory."
+        return False, "Patches stream from the store; data.resident=0.5 would keep volumes in half of the memory."
     sizes = torch.tensor([meta.shape for meta in metas]).prod(1) * 2
     need = int(sizes.sum())
     free, whole = _memory(device)
@@ -101,7 +102,9 @@ class ResidentVolumes:
         box = (*size, 1)[:3]
         number, centre = torch.from_numpy(volume), torch.from_numpy(centre_mm)
         extent = torch.nn.functional.pad(torch.from_numpy(extent_mm), (0, 3 - len(size)))
-        start, stop = local_range(torch.tensor(box), centre, extent, self._spacing[number], self._shape[number])
+        start, stop = local_range(
+            torch.tensor(box).expand_as(centre), centre, extent, self._spacing[number], self._shape[number]
+        )
         count = stop - start
         order = count.prod(1).argsort(descending=True, stable=True)
         count = count[order]
