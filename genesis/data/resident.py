@@ -21,7 +21,7 @@ from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
 
 AUTO_SHARE = 0.5  # of a GPU's memory; the network and its activations need the rest
-# Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. On a CPU they are to fit its cache:
+# Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
 # 2^19 is measured to cut a batch twice as fast as 2^25.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
