@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
@@ -21,11 +21,19 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """What a patch is. Discovery and training must agree on this section."""
+    """What a patch is. Discovery and training must agree on this section, but for `resident`."""
 
     patch_size: tuple[PositiveInt, ...]  # voxels per side, 3 numbers (x, y, z) or 2 (x, y)
     spacing_mm: Literal["median", "native"] | tuple[PositiveFloat, ...]  # voxel size of a patch
     window_hu: tuple[float, float]  # CT only: mapped to [0, 1]; MR and X-ray use the foreground's p0.5 and p99.5
+    resident: Literal["auto"] | Share = "auto"  # of the training device's memory, for volumes to stay in; 0: streamed
+
+    @field_validator("resident", mode="before")
+    @classmethod
+    def _share_of_memory(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, (int, float)) and 0 <= value <= 1):
+            return value
+        raise ValueError("must be auto, or a share of the device's memory from 0 (off) to 1")
 
 
 class AutoencoderConfig(_Section):

@@ -153,7 +153,7 @@ def _discover(
         "modality": train[0].modality,
         "in_channels": train[0].shape[0],
         "spacing_mm": spacing,
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"resident"}),
         "discovery": config.discovery.model_dump(mode="json"),
         "classes": table.classes,
         "rows": len(table),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .cli import add_dim_argument
 from .config import Config, load_config
 from .data.patches import PseudoLabelPatches, ValidationPatches
 from .data.pseudo_labels import PseudoLabels
+from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .data.store import VolumeStore
 from .engine.checkpoint import read_checkpoint
 from .engine.launch import launch
@@ -39,6 +40,9 @@ from .methods.semantic_genesis import SemanticGenesis
 from .models import Backbone, build_backbone
 from .seeding import key
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 PICTURED = 6  # patches in the picture of restorations
 
@@ -79,13 +83,14 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(key(record["seed"], "network"))
     backbone = _backbone(config, record["in_channels"])
     method = METHODS[config.method.name](config.method, backbone, found.table.classes)
-    train, validation = _patches(config, found, record)
     record["trained"] = _trained(backbone)
 
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
+    train, validation = _patches(config, found, record, fabric)
     where = f" --workspace {options.workspace}" if options.workspace else ""
+    patches = (found.table.split == "train").sum()
     fabric.print(
-        f"Training {config.method.name} on {len(train.table)} patches of {found.table.classes} classes; "
+        f"Training {config.method.name} on {patches} patches of {found.table.classes} classes; "
         f"{len(validation) if validation else 'no'} patches of held-out patients judge it."
     )
     if fabric.is_global_zero:
@@ -105,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
             precision=config.train.precision,
             validate_every=config.train.validate_every,
             patience=config.train.patience,
-            workers=config.train.workers,
+            workers=0 if isinstance(train, ResidentPatches) else config.train.workers,
             resume=options.resume,
             title="training",
         )
@@ -203,14 +208,15 @@ def _configure(options: argparse.Namespace, found: Discovered) -> Config:
     name = options.config or f"{options.method}_{options.dim}"
     values = _steps(options)
     if options.config is None:
-        values |= {section: dict(found.record[section]) for section in ("data", "discovery")}
+        values |= {f"data.{field}": value for field, value in found.record["data"].items()}
+        values["discovery"] = dict(found.record["discovery"])
     config = load_config(name, options.overrides, sample=found.store.sample, values=values)
     if config.spatial_dims != int(options.dim[0]):
         raise UserError(f"The config {name} is {config.spatial_dims}D; pass --dim {config.spatial_dims}d.")
-    for field, value in config.data.model_dump(mode="json").items():
-        if value != (used := found.record["data"][field]):
+    for field, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
+        if value != used[f"data.{field}"]:
             raise UserError(
-                f"data.{field} is {value}, but discovery used {used}: leave it out, or run "
+                f"data.{field} is {value}, but discovery used {used[f'data.{field}']}: leave it out, or run "
                 f"python -m genesis.discover --dim {options.dim} with the same setting first."
             )
     return config
@@ -254,7 +260,9 @@ def _trained(backbone: Backbone) -> list[str]:
     return ["encoder", "decoder"] if any(p.requires_grad for p in others) else ["encoder"]
 
 
-def _patches(config: Config, found: Discovered, record: dict[str, Any]) -> tuple[PseudoLabelPatches, Subset | None]:
+def _patches(
+    config: Config, found: Discovered, record: dict[str, Any], fabric: "Fabric"
+) -> tuple[PseudoLabelPatches | ResidentPatches, Subset | None]:
     """Training patches, and a fixed, even choice of the held-out ones, if there are any."""
     spacing = record["spacing_mm"]
     how: dict[str, Any] = {
@@ -266,16 +274,23 @@ def _patches(config: Config, found: Discovered, record: dict[str, Any]) -> tuple
     train = PseudoLabelPatches(
         found.store, found.table.select("train"), multi_resolution=config.discovery.multi_resolution, **how
     )
-    held_out = found.table.select("val")
-    if not len(held_out):
-        return train, None
-    return train, _even_choice(ValidationPatches(found.store, held_out, **how), config.train.validation_samples)
+    rows = found.table.select("val")
+    held_out = ValidationPatches(found.store, rows, **how) if len(rows) else None
+    chosen = _evenly(len(rows), config.train.validation_samples)
+
+    used = sorted(set(found.table.volume.tolist()))
+    stay, why = residence([found.store[volume].meta for volume in used], fabric.device, config.data.resident)
+    fabric.print(why)
+    if not stay:
+        return train, Subset(held_out, chosen) if held_out else None
+    volumes = ResidentVolumes(found.store, used, config.data.window_hu, fabric.device)
+    judges = Subset(ResidentPatches(held_out, volumes), chosen) if held_out else None
+    return ResidentPatches(train, volumes), judges
 
 
-def _even_choice(patches: ValidationPatches, count: int) -> Subset:
-    """At most `count` of the patches, spread evenly over the table and so over its classes."""
-    rows = np.linspace(0, len(patches) - 1, min(count, len(patches))).round().astype(int)
-    return Subset(patches, rows.tolist())
+def _evenly(rows: int, count: int) -> list[int]:
+    """At most `count` rows, spread evenly over the table and so over its classes."""
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int).tolist()
 
 
 def _draw(

@@ -18,6 +18,7 @@ install_import_hook(
         "genesis.data.labelled",
         "genesis.data.patches",
         "genesis.data.resample",
+        "genesis.data.resident",
     ],
     "beartype.beartype",
 )

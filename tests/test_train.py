@@ -118,7 +118,7 @@ def test_a_run_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -
         "patients": [f"p{i}" for i in range(7)],
         "volumes": [f"v{i}" for i in range(7)],
     }
-    assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == DATA
+    assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == {**DATA, "resident": "auto"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (2, "val"), (4, "train"), (4, "val")]
     assert {"mse", "input_mse", "mean_mse", "accuracy", "chance", "knn_accuracy"} <= set(rows[-1])
@@ -182,6 +182,21 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
     message = refused("--set", "data.patch_size=[32,32,32]")
     assert "data.patch_size is [32, 32, 32], but discovery used [16, 16, 16]" in message
     assert "data.patch_size is [64, 64, 32], but" in refused("--config", "semantic_genesis_3d")
+
+
+def test_resident_volumes_train_as_streamed_ones(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(workspace, "--steps", "4", "--run", "streamed")
+    assert "Patches stream from the store" in capsys.readouterr().out
+    train(workspace, "--steps", "4", "--run", "kept", "--set", "data.resident=0.5")
+    assert "Patches are cut on cpu: the 7 volumes take 0.000459 GB" in capsys.readouterr().out
+    runs = [(workspace / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("streamed", "kept")]
+    for streamed, kept in zip(*(run.splitlines() for run in runs), strict=True):
+        assert json.loads(kept)["loss"] == pytest.approx(json.loads(streamed)["loss"], rel=1e-4)
+
+
+def test_more_resident_data_than_memory(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genesis.data.resident._memory", lambda device: (10**6, 10**6))
+    assert "enough for 4; use data.resident=0.46." in refused("--set", "data.resident=0.3")
 
 
 def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import UserError
 from ..progress import progress
@@ -207,10 +207,16 @@ def _loader(dataset: Dataset, fabric: "Fabric", processes: int, **how: object) -
         dataset,
         num_workers=processes,
         persistent_workers=processes > 0,
-        pin_memory=fabric.device.type == "cuda",
+        collate_fn=_collate,
+        pin_memory=fabric.device.type == "cuda" and processes > 0,
         worker_init_fn=_ignore_interrupt,
         **how,  # type: ignore[arg-type]
     )
+
+
+def _collate(fetched: list[dict[str, Tensor]] | dict[str, Tensor]) -> dict[str, Tensor]:
+    """A dataset with `__getitems__` may return whole batches, on whatever device."""
+    return fetched if isinstance(fetched, dict) else default_collate(fetched)
 
 
 def _ignore_interrupt(_: int) -> None:
