@@ -8,8 +8,8 @@ Held-out patients judge it every so many steps; training stops early when they s
 The run is a folder, runs/NAME: config.yaml, metrics.jsonl, tensorboard/, figures/ and checkpoints/ with the best and
 the last step. A run that was stopped goes on with --resume, on the CPU to the same bits as if it had not been stopped.
 
-Several devices: torchrun --nproc-per-node 2 -m genesis.train -- --run NAME. The lone -- keeps torchrun, which has options
-that begin with --run, from taking --run as its own.
+Several devices: torchrun --nproc-per-node 2 -m genesis.train -- --run NAME. The lone -- keeps torchrun, with options of
+its own that begin with --run, from taking --run as its own.
 """
 
 import argparse
@@ -82,10 +82,8 @@ def run(options: argparse.Namespace) -> None:
     workspace = Workspace.at(options.workspace)
     this = (reopen_run if options.resume else plan_run)(workspace, options)
     config, seed = this.config, this.record["seed"]
-    if not 0 <= options.profile <= config.train.steps:
-        raise UserError(
-            f"--profile {options.profile}: expected a number of steps, at most the run's {config.train.steps}."
-        )
+    if not 0 <= options.profile < config.train.steps:
+        raise UserError(f"--profile {options.profile}: expected fewer steps than the run's {config.train.steps}.")
     torch.manual_seed(key(seed, "network"))
     backbone = _backbone(config, this.record["in_channels"])
     method = METHODS[config.method.name](config.method, backbone, this.found.table.classes)

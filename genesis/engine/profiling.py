@@ -14,11 +14,12 @@ UNLIKE_THE_REST = 3  # first steps: kernels are chosen or compiled, memory is al
 
 @contextmanager
 def profiled(path: Path, steps: int, of: int) -> Iterator[Callable[[], None]]:
-    """Write a trace of `steps` of the coming `of` steps, for chrome://tracing or ui.perfetto.dev, and print its path.
+    """Write a trace of `steps` of the coming `of` steps, but never of the first, and print its path.
 
     Yields what is to be called after every step. With no steps it does nothing.
     """
-    if not steps:
+    steps = min(steps, of - 1)
+    if steps < 1:
         yield lambda: None
         return
 
@@ -28,9 +29,6 @@ def profiled(path: Path, steps: int, of: int) -> Iterator[Callable[[], None]]:
         print(f"Trace of {steps} steps: {path} (open it in ui.perfetto.dev)")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    spare = max(0, of - steps)
-    warmup = min(1, spare)
-    skipped = min(UNLIKE_THE_REST, spare - warmup)
-    plan = schedule(wait=skipped, warmup=warmup, active=steps, repeat=1)
+    plan = schedule(wait=min(UNLIKE_THE_REST, of - steps - 1), warmup=1, active=steps, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler.step
