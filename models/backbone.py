@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 
 class Backbone(nn.Module):
@@ -68,8 +69,10 @@ class Backbone(nn.Module):
         """
         for block in self._blocks:
             norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]
-            contexts = partial(_second_time, norms) if norms else noop_context_fn
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+            contexts: dict[str, Any] = (
+                {"context_fn": partial(_second_time, norms)} if norms else {}
+            )  # torch.compile takes none
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 
     def describe(self) -> dict:
         """`{"class": dotted name, "kwargs": …}` of the plain network, in JSON types."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -34,6 +35,21 @@ def largest_that_fits(attempt: Callable[[int], None], too_many: int) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next attempt needs pieces of another size
     return fits
+
+
+def bytes_kept(forward: Callable[[], object]) -> int:
+    """What a forward pass keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result  # until here nothing was freed, so no address stands for two tensors
+    return sum(kept.values())
 
 
 def peak_bytes(device: torch.device) -> int:

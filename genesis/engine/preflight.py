@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from .batches import DataWait, training_batches, validation_batches
 from .launch import launch
-from .memory import held_bytes, peak_bytes, usable_bytes
+from .memory import bytes_kept, held_bytes, peak_bytes, usable_bytes
 from .method import Batch, Method
 from .optimizer import OptimizerSettings
 from .step import StepSettings, TrainingStep
@@ -87,7 +87,10 @@ def measure(
     gradients = [weight for weight in method.parameters() if weight.requires_grad]
     fixed = at_rest + _bytes(moments) + _bytes(gradients)
     at_once = batch_size // (fabric.world_size * settings.accumulate)
-    each = max((peak - fixed) / at_once, _bytes(batch) * fabric.world_size / batch_size)
+    part = {name: tensor[:at_once] for name, tensor in batch.items()}
+    with take_step.autocast(), torch.compiler.set_stance("force_eager"):
+        kept = bytes_kept(lambda: method(part))
+    each = max(peak - fixed, kept) / at_once  # on the CPU the peak may be that of an earlier time
 
     if validation is not None:
         size = min(len(validation), 2 * at_once)  # type: ignore[arg-type]
