@@ -226,6 +226,8 @@ def test_a_dry_run_measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_step_on_cuda(tmp_path: Path) -> None:
     """Channels last, fused, compiled, recomputed and in parts: the step of the CPU, and no synchronisation."""
     plain = StepSettings("fp32")
