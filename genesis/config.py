@@ -111,6 +111,9 @@ class TrainConfig(_Section):
     batch_size: PositiveInt  # over all ranks
     optimizer: OptimizerConfig
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 autocast on CUDA, fp32 elsewhere
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA; off, with a line, where it fails
+    accumulate: PositiveInt = 1  # parts in which a rank computes its share of a batch, to save memory
+    recompute_activations: bool = False  # in the backward pass, instead of keeping them: saves memory, costs time
     validate_every: PositiveInt  # steps
     validation_samples: PositiveInt
     patience: PositiveInt  # validations without improvement before stopping early

@@ -26,6 +26,11 @@ install_import_hook(
 torch.set_num_threads(1)  # tensors are tiny: more threads wait for each other, the longer the busier the machine
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real scans: `GENESIS_SHARED_DATA`, else ../shared/data beside the repository, else skip."""

@@ -1,6 +1,9 @@
 """The verb: from what discover left to a run, and what a user is told who asks for something else."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +17,11 @@ from genesis import cli
 from genesis.config import load_config
 from genesis.data.pseudo_labels import PseudoLabels
 from genesis.data.store import VolumeMeta, VolumeStore, write_volume
-from genesis.engine import trainer
+from genesis.engine import preflight, trainer
 from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.method import Batch, Output
 from genesis.files import read_json, sha256, write_folder_aside, write_json
+from genesis.methods.semantic_genesis import SemanticGenesis
 from genesis.workspace import Workspace
 
 SIDE, PATCH, CLASSES = 32, 16, 3
@@ -217,6 +222,7 @@ def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
             "at least one of them larger",
         ),
         (["--run", "a/b"], "no slashes"),
+        (["--steps", "2", "--profile", "2"], "--profile 2: expected fewer steps than the run's 2."),
         (["--resume"], "--config and --set belong to a new run"),
         (["--set", "method.lambda_rec=0", "--set", "method.lambda_cls=0"], "nothing would be learned."),
     ],
@@ -244,6 +250,51 @@ def test_a_diverged_training_is_no_success(workspace: Path, capsys: pytest.Captu
         train(workspace, "--steps", "4", "--set", "train.optimizer.learning_rate=1e30")
     assert stop.value.code == 2
     assert "diverged: no validation" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "SECONDS", 0.0)
+    before = sorted(workspace.rglob("*"))
+    train(workspace, "--dry-run")
+    assert sorted(workspace.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "Measured on 5 steps of 4 patches; nothing was written."
+    assert [line.split()[0] for line in lines[2:]] == ["time", "memory", "disk"]
+
+
+def test_a_batch_that_cannot_fit_leaves_nothing(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, workspace: Path
+) -> None:
+    forward = SemanticGenesis.forward
+
+    def hungry(self: SemanticGenesis, batch: Batch) -> Output:
+        if len(batch["image"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch)
+
+    (workspace / "runs").mkdir()
+    monkeypatch.setattr(SemanticGenesis, "forward", hungry)
+    assert "4 patches at once do not fit into the memory of this machine, 2 do" in refused()
+    assert "divided among 1 processes with 3 parts each" in refused("--set", "train.accumulate=3")
+    train(workspace, "--steps", "1", "--set", "train.accumulate=2", "--set", "train.recompute_activations=true")
+
+
+@pytest.mark.slow
+def test_torchrun_equals_one_process(workspace: Path) -> None:
+    arguments = ["--workspace", str(workspace), "--device", "cpu", "--steps", "3", *ARGUMENTS]
+    arguments += ["--set", "train.optimizer.name=sgd", "--set", "train.accumulate=2"]
+    cli.main(["train", *arguments, "--run", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, "-m", "genesis.train", "--", "--run", "two", *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    one, two = (read_checkpoint(workspace / "runs" / name / "checkpoints" / "last.pt") for name in ("one", "two"))
+    assert all(torch.allclose(value, two["method"][name], atol=1e-5) for name, value in one["method"].items())
 
 
 def test_resuming_what_is_not_there(refused: Callable[..., str]) -> None:

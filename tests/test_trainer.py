@@ -20,6 +20,7 @@ from genesis.engine.launch import launch, worker_count
 from genesis.engine.method import Batch, Method, Output
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
+from genesis.engine.step import StepSettings
 from genesis.engine.trainer import FitResult, fit
 from genesis.errors import UserError
 from genesis.seeding import generator
@@ -80,6 +81,9 @@ def train(
     workers: int = 0,
     resume: bool = False,
     batch_size: int = 8,
+    settings: StepSettings = StepSettings(),  # noqa: B008
+    device: str = "cpu",
+    profile: int = 0,
 ) -> FitResult:
     return fit(
         method,
@@ -87,7 +91,9 @@ def train(
         validation=validation,
         folder=folder,
         seed=0,
-        device="cpu",
+        device=device,
+        settings=settings,
+        profile=profile,
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,

@@ -122,7 +122,6 @@ class Experiment:
             optimizer=OptimizerSettings(
                 "adamw", rate, settings.weight_decay, schedule="cosine", warmup_steps=settings.warmup_steps
             ),
-            precision="auto",
             validate_every=settings.validate_every,
             workers=settings.workers,
             resume=True,
