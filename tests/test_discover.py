@@ -15,7 +15,7 @@ from genesis.data.phantom import Acquisition, phantom
 from genesis.data.pseudo_labels import PseudoLabels
 from genesis.data.store import VolumeMeta, VolumeStore, write_volume
 from genesis.discovery import anatomy
-from genesis.discovery.latents import Reconstruction, Shrunken, encode
+from genesis.discovery.latents import Reconstruction, encode, shrink
 from genesis.discovery.neighbours import nearest_patients
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.trainer import fit
@@ -178,7 +178,7 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
     make_store(tmp_path, [(number % 20, number) for number in range(40)], splits=("train",))
     store = VolumeStore(tmp_path)
     metas = [replace(meta, patient=meta.volume) for meta in store.select()]
-    volumes = Shrunken(
+    volumes = shrink(
         WholeVolumes(store, metas, shape=(24, 24, 24), window_hu=(-1000.0, 1000.0)), tmp_path / "v.npy", lambda: None
     )
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
         method, Endless(volumes, 0), validation=None, folder=tmp_path / "run", seed=0, device="cpu", steps=100,
         batch_size=8, optimizer=OptimizerSettings("adam", 1e-3), title="autoencoder", validate_every=100, workers=0,
     )  # fmt: skip
-    latents = encode(method.autoencoder, volumes, torch.device("cpu"), 8)[:, 0]
+    latents = encode(method.autoencoder, volumes, torch.device("cpu"), 8)
     ids = [meta.volume for meta in metas]
     nearest = [ids[nearest_patients(row, latents, ids, range(40), 2)[0][1]] for row in range(40)]
     twins = [f"v{(int(volume[1:]) + 20) % 40}" for volume in ids]
