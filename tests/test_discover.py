@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launched import srun, torchrun
 
 from genesis import cli
 from genesis.data.foreground import bounding_box, foreground_mask
@@ -71,9 +72,13 @@ def workspace(scans: Path, tmp_path: Path) -> Path:
     return shutil.copytree(scans, tmp_path / "workspace")
 
 
-def discover(workspace: Path, settings: list[str], *more: str) -> None:
+def arguments(workspace: Path, settings: list[str]) -> list[str]:
     overrides = [argument for setting in settings for argument in ("--set", setting)]
-    cli.main(["discover", "--workspace", str(workspace), "--device", "cpu", *overrides, *more])
+    return ["--workspace", str(workspace), "--device", "cpu", *overrides]
+
+
+def discover(workspace: Path, settings: list[str], *more: str) -> None:
+    cli.main(["discover", *arguments(workspace, settings), *more])
 
 
 def refused(workspace: Path, settings: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -192,3 +197,34 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
     nearest = [ids[nearest_patients(row, latents, ids, range(40), 2)[0][1]] for row in range(40)]
     twins = [f"v{(int(volume[1:]) + 20) % 40}" for volume in ids]
     assert np.mean([a == b for a, b in zip(nearest, twins, strict=True)]) >= 0.95
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves(workspace: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(workspace, tmp_path / "alone")
+    discover(alone, TINY_3D)
+    ((code, said),) = torchrun("-m", "genesis.discover", *arguments(workspace, TINY_3D))
+    assert code == 0, said
+    assert said.count("Pseudo-labels are in") == 1
+    verify_folder(workspace / "discovery" / "3d")
+    one, two = (place / "discovery" / "3d" for place in (alone, workspace))
+    files = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (one, two)]
+    assert files[0] == files[1]
+    for name in ("pseudo_labels.csv", "latents.txt", "config.yaml"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    np.testing.assert_allclose(np.load(one / "latents.npy"), np.load(two / "latents.npy"), rtol=1e-4, atol=1e-5)
+    assert read_json(one / "discovery.json") == read_json(two / "discovery.json")
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_ends_both_with_one_sentence(workspace: Path) -> None:
+    file = workspace / "store" / "volumes" / "v6.b2nd"  # the last of those held out, so of the second process
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ended = srun("-m", "genesis.discover", *arguments(workspace, TINY_3D))
+    said = "".join(text for _, text in ended)
+    assert [code for code, _ in ended] == [2, 2], said
+    assert said.count("genesis discover: Volume v6 is damaged") == 1
+    assert "Traceback" not in said
+    assert not list((workspace / "discovery").iterdir())
