@@ -22,8 +22,9 @@ def torchrun_of_two_nodes(*arguments: str) -> list[tuple[int, str]]:
 
 def srun(*arguments: str) -> list[tuple[int, str]]:
     """Two tasks with the variables that SLURM sets."""
-    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NNODES": "1",
-           "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(_free_port())}  # fmt: skip
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+           "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+           "MASTER_PORT": str(_free_port())}  # fmt: skip
     return _run(
         [([sys.executable, *arguments], {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")]
     )
