@@ -35,7 +35,7 @@ from .discovery.anchors import Anchor, choose_anchors
 from .discovery.body import coarse_step_mm
 from .discovery.classes import Neighbour, make_classes, match, pairs_of
 from .discovery.latents import Reconstruction, Shrunken, effective_rank, encode, shrink
-from .discovery.neighbours import Found, candidates, merge
+from .discovery.neighbours import Found, merge, nearest_patients
 from .discovery.quality import coverage, similarity
 from .engine.launch import launch
 from .engine.optimizer import OptimizerSettings
@@ -340,18 +340,20 @@ def _neighbours(
     )
     wanted = [(row_of[anchor.reference], number % latents.shape[1]) for number, anchor in enumerate(anchors)]
     questions = sorted(set(wanted))  # in 3D the anchors of one reference ask the same
+    own_patients = patients[mine.start : mine.stop]
     known = gather(fabric, lambda: {row: latents[row - mine.start] for row, _ in questions if row in mine})
     query = {row: latent for part in known for row, latent in part.items()}
 
     def search() -> dict[tuple[int, int, str], Found]:
-        return {
-            (row, place, split): candidates(
-                row, query[row][place], latents[:, place], patients, among, count, mine.start
-            )
-            for split, rows, count in splits
-            for among in [range(max(rows.start, mine.start), min(rows.stop, mine.stop))]
-            for row, place in questions
-        }
+        found = {}
+        for split, rows, count in splits:
+            among = range(max(rows.start - mine.start, 0), min(rows.stop, mine.stop) - mine.start)
+            for row, place in questions:
+                near, distances = nearest_patients(
+                    row - mine.start, latents[:, place], own_patients, among, count, query[row][place]
+                )
+                found[row, place, split] = near + mine.start, distances
+        return found
 
     parts = gather(fabric, search)
     return {
@@ -359,7 +361,7 @@ def _neighbours(
             Neighbour(metas[row].volume, rank + (split == "val"), float(distance), split)
             for split, _, count in splits
             for rank, (row, distance) in enumerate(
-                zip(*merge([part[*question, split] for part in parts], patients, count), strict=True)
+                zip(*merge([part[*question, split] for part in parts], question[0], patients, count), strict=True)
             )
         ]
         for number, question in enumerate(wanted)

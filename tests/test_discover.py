@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from launched import srun, torchrun
 
 from genesis import cli
+from genesis import discover as verb
 from genesis.data.foreground import bounding_box, foreground_mask
 from genesis.data.patches import Endless, WholeVolumes
 from genesis.data.phantom import Acquisition, phantom
@@ -197,6 +199,22 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
     nearest = [ids[nearest_patients(row, latents, ids, range(40), 2)[0][1]] for row in range(40)]
     twins = [f"v{(int(volume[1:]) + 20) % 40}" for volume in ids]
     assert np.mean([a == b for a, b in zip(nearest, twins, strict=True)]) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "words"),
+    [(2, ("--data", "scans"), "run python -m genesis.prepare first"), (6, (), "5 training volumes for 6 processes")],
+)
+def test_what_several_processes_cannot_do_is_said(
+    workspace: Path,
+    processes: int,
+    more: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(verb, "launch", lambda device: SimpleNamespace(world_size=processes))
+    assert words in refused(workspace, TINY_3D, capsys, *more)
 
 
 @pytest.mark.slow

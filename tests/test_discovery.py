@@ -15,7 +15,7 @@ from genesis.discovery.body import coarse_step_mm, from_body, to_body
 from genesis.discovery.classes import Neighbour, make_classes, match, pairs_of
 from genesis.discovery.latents import effective_rank
 from genesis.discovery.matching import Pass, carry, correlate
-from genesis.discovery.neighbours import candidates, merge, nearest_patients
+from genesis.discovery.neighbours import merge, nearest_patients
 from genesis.errors import UserError
 from genesis.prepare import prepare
 from genesis.seeding import generator
@@ -55,13 +55,14 @@ def test_nearest_patients_of_shares_are_those_of_the_whole() -> None:
     patients = [f"p{number % 25}" for number in range(60)]
     for reference in (0, 31, 59):
         rows, distances = nearest_patients(reference, latents, patients, range(50), 10)
-        parts = [
-            candidates(
-                reference, latents[reference], latents[start:stop], patients, range(start, min(stop, 50)), 10, start
-            )
-            for start, stop in ((0, 20), (20, 45), (45, 52), (52, 60))
-        ]
-        again = merge(parts, patients, 10)
+        parts = []
+        for start, stop in ((0, 20), (20, 45), (45, 52), (52, 60)):
+            near, away = nearest_patients(
+                reference - start, latents[start:stop], patients[start:stop], range(min(stop, 50) - start), 10,
+                latents[reference],
+            )  # fmt: skip
+            parts.append((near + start, away))
+        again = merge(parts, reference, patients, 10)
         assert again[0].tolist() == rows.tolist()
         assert again[1].tolist() == distances.tolist()
 

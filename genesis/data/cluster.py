@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,12 +54,19 @@ def in_cluster(
     """
     from distributed import KilledWorker
 
-    submitted = ((task, client.submit(function, task, pure=False)) for task in tasks)
+    def submit(task: T) -> "Future":
+        return client.submit(function, task, pure=False)
+
+    submitted = ((task, submit(task)) for task in tasks)
     running = deque(islice(submitted, AHEAD))
     while running:
         task, future = running.popleft()
         try:
-            yield future.result()
-        except KilledWorker:
-            yield crashed(task)
+            result = future.result()
+        except KilledWorker:  # Dask blames all tasks that were on that worker: this one may have done nothing
+            try:
+                result = submit(task).result()
+            except KilledWorker:
+                result = crashed(task)
+        yield result
         running.extend(islice(submitted, 1))

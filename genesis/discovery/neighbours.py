@@ -1,4 +1,4 @@
-"""Nearest patients: exact, by brute force over latents that may be memory-mapped, or spread over processes."""
+"""Nearest patients: exact, by brute force over latents that may be memory-mapped."""
 
 from collections.abc import Sequence
 
@@ -8,51 +8,37 @@ from jaxtyping import Float, Int
 
 CHUNK = 65_536  # latents read at a time
 
-Found = tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]  # rows, and their distances
+Found = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]  # rows and as many distances
 
 
 def nearest_patients(
-    reference: int, latents: Float[np.ndarray, "n latent"], patients: Sequence[str], among: Sequence[int], count: int
-) -> Found:
-    """Rows of the volumes nearest to the volume in row `reference`, and their L2 distances, nearest first.
-
-    Only the rows `among` are candidates, and of each patient only the nearest volume, so k ≤ `count`. The reference,
-    where it is a candidate, comes first with distance 0.
-    """
-    return merge([candidates(reference, latents[reference], latents, patients, among, count)], patients, count)
-
-
-def candidates(
     reference: int,
-    query: Float[np.ndarray, " latent"],
     latents: Float[np.ndarray, "n latent"],
     patients: Sequence[str],
     among: Sequence[int],
     count: int,
-    start: int = 0,
+    query: Float[np.ndarray, " latent"] | None = None,
 ) -> Found:
-    """What one process contributes to `merge`: it has the latents of the rows from `start`, and so are those `among`.
+    """Rows of the volumes nearest to the volume in row `reference`, and their L2 distances, nearest first.
 
-    `query` is the latent of the row `reference`, which may be another's.
+    Only the rows `among` are candidates, and of each patient only the nearest volume, so k ≤ `count`. The reference,
+    where it is a candidate, comes first with distance 0. `query` is its latent where `latents`, a share of
+    all, lack it; then no row of them has its number.
     """
     rows = np.asarray(among, dtype=np.int64)
-    distances = _distances(latents, rows - start, query)
+    distances = _distances(latents, rows, latents[reference] if query is None else query)
     distances[rows == reference] = -1  # before any twin
-    return _nearest(rows, distances, patients, count)
-
-
-def merge(parts: Sequence[Found], patients: Sequence[str], count: int) -> Found:
-    """`nearest_patients` from the candidates of all processes, whose rows are in their order."""
-    rows, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
-    rows, distances = _nearest(rows, distances, patients, count)
-    return rows, distances.clip(min=0)
-
-
-def _nearest(
-    rows: Int[np.ndarray, " m"], distances: Float[np.ndarray, " m"], patients: Sequence[str], count: int
-) -> Found:
     order = np.argsort(distances, kind="stable")
-    _, first = np.unique(np.array([patients[row] for row in rows.tolist()])[order], return_index=True)
+    _, first = np.unique(np.asarray(patients)[rows][order], return_index=True)
+    chosen = order[np.sort(first)[:count]]
+    return rows[chosen], distances[chosen].clip(min=0)
+
+
+def merge(parts: Sequence[Found], reference: int, patients: Sequence[str], count: int) -> Found:
+    """`nearest_patients` in the whole from those in its contiguous shares, in order, with their rows in the whole."""
+    rows, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.lexsort((rows != reference, distances))
+    _, first = np.unique([patients[row] for row in rows[order]], return_index=True)
     chosen = order[np.sort(first)[:count]]
     return rows[chosen], distances[chosen]
 
