@@ -1,5 +1,6 @@
 """Tasks on a Dask cluster (extra `[cluster]`), as `workers.in_processes` runs them on one machine."""
 
+import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +29,12 @@ def cluster(scheduler: str) -> Iterator["Client"]:
         from distributed import Client
     except ImportError:
         raise UserError("--scheduler needs Dask: pip install 'genesis-medical[cluster]'.") from None
-    try:
-        client = Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False)
-    except (OSError, ValueError):
+    if not asyncio.run(_answers(scheduler)):  # asked first, for a client that fails takes long to close
         raise UserError(
             f"--scheduler {scheduler}: no Dask scheduler answers there; start one with: dask scheduler, "
             "and give the address that it prints."
-        ) from None
-    with client:
+        )
+    with Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=ANSWER_SECONDS)
         except TimeoutError:
@@ -43,6 +42,17 @@ def cluster(scheduler: str) -> Iterator["Client"]:
                 f"--scheduler {scheduler} has no workers; start some with: dask worker {scheduler} --nthreads 1"
             ) from None
         yield client
+
+
+async def _answers(scheduler: str) -> bool:
+    from distributed.comm import connect
+
+    try:
+        comm = await asyncio.wait_for(connect(scheduler, timeout=ANSWER_SECONDS), ANSWER_SECONDS)
+    except Exception:  # an address that is none, nobody there, or somebody else, who may say anything
+        return False
+    comm.abort()
+    return True
 
 
 def in_cluster(
