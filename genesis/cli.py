@@ -5,8 +5,10 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ._version import __version__
+from .engine.ranks import first_to_fail
 from .errors import UserError
 
 VERBS = {
@@ -83,21 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module(f".{options.verb}", __package__).run(options)
     except UserError as error:
-        print(f"genesis {options.verb}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"genesis {options.verb}: {error}", 2)
     except OSError as error:
-        print(
-            f"genesis {options.verb}: {error.filename or 'a file'}: {error.strerror or error}; "
-            "what was written before stays valid.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        _fail(f"genesis {options.verb}: {what}; mend that and repeat; what was written before stays valid.", 2)
     except KeyboardInterrupt:
-        print(
-            f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        _fail(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", 130)
+    except Exception:
+        if not first_to_fail():
+            sys.exit(1)
+        raise
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Of several processes, only one says why."""
+    if first_to_fail():
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -260,8 +260,8 @@ def test_a_dry_run_writes_nothing(
     train(workspace, "--dry-run")
     assert sorted(workspace.rglob("*")) == before
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "Measured on 5 steps of 4 patches; nothing was written."
-    assert [line.split()[0] for line in lines[2:]] == ["time", "memory", "disk"]
+    assert lines[2] == "Measured on 5 steps of 4 patches; nothing was written."
+    assert [line.split()[0] for line in lines[3:]] == ["time", "memory", "disk"]
 
 
 def test_a_batch_that_cannot_fit_leaves_nothing(

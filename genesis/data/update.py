@@ -7,15 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..progress import progress
 from .case_map import CaseMap, Row
+from .cluster import in_cluster
 from .cohort import Case, Split, splits_of
 from .formats import PICTURE, suffix
 from .intake import Outcome, Task, hashed, take_in
 from .store import INCOMING, Modality, Volume, VolumeMeta, move_volume, remove_volume, write_volume
 from .workers import available_cores, in_processes
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 READER = 1  # to be raised when the same files would be stored differently
 INLINE = 4  # so few scans are read sooner than processes start
@@ -47,10 +52,11 @@ def update_store(
     kept: Sequence[Row],
     case_map: CaseMap,
     reading: Reading,
-    workers: int | None,
+    workers: "int | Client | None",
 ) -> list[VolumeMeta]:
     """Read the new and changed ones of `cases`, all from `data`, into the store; return what it then holds.
 
+    `workers` is the number of processes of this machine (None: one per core), or a Dask cluster.
     Of the other rows of the case map `kept` stay, and so do their volumes; volumes without a row are removed. Where
     none of `cases` can be used, the store stays as it was, and nothing is returned. When it is interrupted, what was
     read is kept, and the next call goes on.
@@ -69,16 +75,20 @@ def update_store(
     todo = sorted(
         found.keys() - settled.keys(), key=lambda path: (not found[path].labelled, path)
     )  # of twins, the first
+    place = (store / INCOMING).absolute()
     tasks = [
-        Task(case, reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
-        for case, folder in ((found[path], store / INCOMING / str(number)) for number, path in enumerate(todo))
+        Task(_anywhere(case), reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
+        for case, folder in ((found[path], place / str(number)) for number, path in enumerate(todo))
     ]
     shutil.rmtree(store / INCOMING, ignore_errors=True)
     (store / INCOMING).mkdir(parents=True)
     case_map.rows = rows = rows | settled
     taken = {row.id for row in rows.values() if not row.reason}
-    processes = 1 if len(tasks) <= INLINE else workers or available_cores()
-    results = in_processes(take_in, tasks, processes, lambda _: Outcome(reason=CRASHED))
+    if workers is None or isinstance(workers, int):
+        processes = 1 if len(tasks) <= INLINE else workers or available_cores()
+        results = in_processes(take_in, tasks, processes, _crashed)
+    else:
+        results = in_cluster(take_in, tasks, workers, _crashed)
     written = 0.0
     try:
         with progress("reading", len(tasks), "scans") as bar:
@@ -111,6 +121,17 @@ def update_store(
     case_map.write()
     shutil.rmtree(store / INCOMING)
     return [metas[volume] for volume in sorted(metas)]
+
+
+def _anywhere(case: Case) -> Case:
+    """The case for a process with another working directory."""
+    return replace(
+        case, images=tuple(file.absolute() for file in case.images), label=case.label and case.label.absolute()
+    )
+
+
+def _crashed(_: Task) -> Outcome:
+    return Outcome(reason=CRASHED)
 
 
 def _file(store: Path, volume: str) -> Path:
