@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ._version import __version__
+from .engine.ranks import first_to_fail
 from .errors import UserError
 
 VERBS = {
@@ -51,6 +54,12 @@ def add_dim_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def command(options: argparse.Namespace, text: str) -> str:
+    """The command line of a next step, in the same workspace: `command(options, "export --run a")`."""
+    where = f" --workspace {shlex.quote(options.workspace)}" if options.workspace else ""
+    return f"python -m genesis.{text}{where}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; user errors end with one sentence and exit code 2."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -76,14 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module(f".{options.verb}", __package__).run(options)
     except UserError as error:
-        print(f"genesis {options.verb}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"genesis {options.verb}: {error}", 2)
+    except OSError as error:
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        _fail(f"genesis {options.verb}: {what}; mend that and repeat; what was written before stays valid.", 2)
     except KeyboardInterrupt:
-        print(
-            f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        _fail(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", 130)
+    except Exception:
+        if not first_to_fail():
+            sys.exit(1)
+        raise
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Of several processes, only one says why."""
+    if first_to_fail():
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

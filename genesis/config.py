@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
@@ -17,15 +17,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Section):
-    """What a patch is. Discovery and training must agree on this section."""
+    """What a patch is. Discovery and training must agree on this section, but for `resident`."""
 
     patch_size: tuple[PositiveInt, ...]  # voxels per side, 3 numbers (x, y, z) or 2 (x, y)
     spacing_mm: Literal["median", "native"] | tuple[PositiveFloat, ...]  # voxel size of a patch
     window_hu: tuple[float, float]  # CT only: mapped to [0, 1]; MR and X-ray use the foreground's p0.5 and p99.5
+    resident: Literal["auto"] | Share = "auto"  # of the training device's memory, for volumes to stay in; 0: streamed
+
+    @field_validator("resident", mode="before")
+    @classmethod
+    def _share_of_memory(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, (int, float)) and 0 <= value <= 1):
+            return value
+        raise ValueError("must be auto, or a share of the device's memory from 0 (off) to 1")
 
 
 class AutoencoderConfig(_Section):
@@ -33,7 +41,7 @@ class AutoencoderConfig(_Section):
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     shape: tuple[PositiveInt, ...]  # voxels to which a whole volume (2D: slice) is resized
-    channels: tuple[PositiveInt, ...]  # of each stride-2 stage; the last is the latent's length
+    channels: tuple[PositiveInt, ...] = Field(min_length=1)  # of each stride-2 stage; the last is the latent's length
 
 
 class DiscoveryConfig(_Section):
@@ -103,6 +111,9 @@ class TrainConfig(_Section):
     batch_size: PositiveInt  # over all ranks
     optimizer: OptimizerConfig
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 autocast on CUDA, fp32 elsewhere
+    compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA; off, with a line, where it fails
+    accumulate: PositiveInt = 1  # parts in which a rank computes its share of a batch, to save memory
+    recompute_activations: bool = False  # in the backward pass, instead of keeping them: saves memory, costs time
     validate_every: PositiveInt  # steps
     validation_samples: PositiveInt
     patience: PositiveInt  # validations without improvement before stopping early
@@ -115,7 +126,7 @@ class FinetuneConfig(_Section):
     patch_size: tuple[PositiveInt, ...] | None  # null: the package's
     spacing_mm: tuple[PositiveFloat, ...] | None  # null: the package's
     window_hu: tuple[float, float] | None  # null: the package's
-    learning_rates: tuple[PositiveFloat, ...]  # each arm takes the best of these on the validation split
+    learning_rates: tuple[PositiveFloat, ...] = Field(min_length=1)  # each arm takes the best on the validation split
     weight_decay: float = Field(ge=0)
     warmup_steps: int = Field(ge=0)
     background_weight: PositiveFloat  # of the background in the cross-entropy
@@ -142,8 +153,9 @@ class Config(_Section):
                 raise ValueError(
                     f"{name} has {len(size)} numbers; a {self.spatial_dims}D config needs {self.spatial_dims}"
                 )
-        if self.data.window_hu[0] >= self.data.window_hu[1]:
-            raise ValueError(f"data.window_hu {list(self.data.window_hu)} must be [lower, upper]")
+        for name, window in (("data", self.data.window_hu), ("finetune", self.finetune.window_hu)):
+            if window and window[0] >= window[1]:
+                raise ValueError(f"{name}.window_hu {list(window)} must be [lower, upper]")
         if min(self.data.patch_size) < 8:
             raise ValueError(f"data.patch_size {list(self.data.patch_size)} has a side below 8 voxels")
         return self
@@ -233,18 +245,34 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("median", "native", "auto"))
+    errors = error.errors()
+    first = errors[0]
+    section, place = _place(first["loc"])
     if first["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        unknown, known = str(first["loc"][-1]), list(section.model_fields)
+        close = difflib.get_close_matches(unknown, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
-        return f"unknown key {where}; {hint}"
+        return f"unknown key {'.'.join([*place, unknown])}; {hint}"
     if first["type"] == "missing":
-        return f"{where} is missing."
+        return f"{'.'.join(place)} is missing."
+    if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
+        same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
+        first = next(same, first)
     message = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-    return f"{where}: {message}{got}." if where else f"{message}."
+    return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
+
+
+def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
+    """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
+    section: type[BaseModel] = Config
+    place = []
+    for part in location:
+        if isinstance(part, int):
+            place.append(str(part))
+        elif part in section.model_fields:
+            place.append(part)
+            inner = section.model_fields[part].annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                section = inner
+    return section, place

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .cli import command
 from .config import Config, load_config
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
@@ -38,8 +39,6 @@ def run(options: argparse.Namespace) -> None:
     if name in (".", "..") or "/" in name or "\\" in name:
         raise UserError(f"--name {name}: a package's name has no slashes; it goes to {workspace.weights}.")
     record = read_json(folder / "run.json")
-    if record["kind"] != "train":
-        raise UserError(f"{folder} is a {record['kind']} run, which keeps its model as a package itself; see {folder}.")
     checkpoint = read_checkpoint(folder / "checkpoints" / f"{options.checkpoint}.pt")
     config = load_config(str(folder / "config.yaml"))
     backbone = build_backbone(
@@ -75,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"  {card.network.class_name} with {size:,} parameters; trained: {' and '.join(card.trained)}")
     print("  read back: it loads strictly and computes the same")
     print(f'  in Python: import genesis; report = genesis.load_into(my_network, "{package}")')
-    where = f" --workspace {options.workspace}" if options.workspace else ""
-    print(f"The weights are in {package}; next: python -m genesis.finetune --weights {name}{where}")
+    print(f"The weights are in {package}; next: {command(options, f'finetune --weights {name}')}")
 
 
 def _data_card(config: Config, record: dict[str, Any]) -> DataCard:

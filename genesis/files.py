@@ -71,7 +71,9 @@ def verify_folder(folder: Path, *names: str) -> None:
         )
     digests = {
         name: digest
-        for digest, _, name in (line.partition("  ") for line in sums.read_text(encoding="utf-8").splitlines())
+        for digest, _, name in (
+            line.partition("  ") for line in sums.read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     }
     for name in names or digests:
         file = folder / name
@@ -95,8 +97,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or broken file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON, it is damaged perhaps: {error}.") from None

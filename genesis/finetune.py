@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli import command
 from .config import Config, FinetuneConfig, load_config, recipes
 from .data.labelled import Classes
 from .data.phantom import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
 from .engine.launch import launch
 from .errors import UserError
-from .evaluation.arms import PRETRAINED, SCRATCH, Experiment, Splits, split_cases
+from .evaluation.arms import PRETRAINED, SCRATCH, Experiment
+from .evaluation.cases import labelled_cases, report_cases, split_cases, training_counts
 from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
 from .files import read_json, sha256, write_aside, write_json
@@ -63,14 +65,14 @@ def run(options: argparse.Namespace) -> None:
     card = read_card(package)
     store, data_name = _labelled_store(options, workspace, card)
     config = _config(options, card, store.sample)
-    cases = _cases(store, options.task)
+    cases = labelled_cases(store, options.task)
     splits = split_cases(cases)
-    counts = _counts(options.labels, splits)
+    counts = training_counts(options.labels, splits)
     seeds = tuple(dict.fromkeys(options.seeds or [options.seed]))
     arms = (PRETRAINED,) if options.control == "none" else (PRETRAINED, SCRATCH)
-    name = options.run or f"{package.stem}-on-{data_name}"
+    name = options.run or f"{package.resolve().name}-on-{data_name}"
     experiment = Experiment(
-        folder=workspace.runs / name,
+        folder=workspace.new_run(name),
         task=_task(options.task, store, cases, card, config.finetune),
         splits=splits,
         package=package,
@@ -78,8 +80,9 @@ def run(options: argparse.Namespace) -> None:
         in_channels=cases[0].shape[0],
         settings=config.finetune,
         device=launch(options.device).device,
+        id_key_hash=workspace.id_key_hash(),
     )
-    _report_cases(cases, splits, card)
+    report_cases(cases, splits, card.pretraining.cohort, workspace.id_key_hash())
     _load_once(experiment)
     record = _open_run(experiment, config, options.seed)
     scores = experiment.run(arms, counts, seeds)
@@ -88,11 +91,11 @@ def run(options: argparse.Namespace) -> None:
     experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
     write_json(experiment.folder / "run.json", {**record, "status": "finished"})
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
-    print(f"Results are in {experiment.folder}. Next: python -m genesis.predict --model {name} --data SCANS")
+    print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
 
 
 def _newest_package(workspace: Workspace) -> Path:
-    cards = list(workspace.weights.glob("*/card.json"))
+    cards = list(workspace.weights.glob("[!.]*/card.json"))
     if not cards:
         raise UserError(
             f"There are no weights in {workspace.weights}; make them with python -m genesis.export, "
@@ -140,40 +143,6 @@ def _config(options: argparse.Namespace, card: Card, sample: bool) -> Config:
     return config
 
 
-def _cases(store: VolumeStore, task: str) -> list[VolumeMeta]:
-    """The labelled cases of a store."""
-    if task == "classification":
-        cases = [meta for meta in store if meta.target is not None]
-        wanted = "a target (a whole number, as the column `target` of a CSV)"
-    else:
-        corner = (slice(0, 1),) * 3
-        cases = [meta for meta in store if meta.labelled and store[meta.volume].labels(corner) is not None]
-        wanted = "a label map"
-    if not cases:
-        raise UserError(f"None of the {len(store)} scans has {wanted}; pass --data with labelled scans.")
-    channels = sorted({meta.shape[0] for meta in cases})
-    if len(channels) > 1:
-        raise UserError(f"The labelled scans have {channels} channels; choose the same for all with --channels.")
-    return cases
-
-
-def _counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
-    """Numbers of training cases from `--labels`."""
-    there = len(splits.train)
-    others = f"besides {len(splits.validation)} for validation and {len(splits.test)} for test"
-    around = f"{there} labelled training cases ({others})"
-    if not splits.train or not splits.test:
-        raise UserError(
-            f"There are only {around}: label more, or say which are for training and test in a CSV's column `split`."
-        )
-    for text in labels:
-        if text != "all" and not (text.isdigit() and int(text) > 0):
-            raise UserError(f"--labels {text}: expected a number of cases, or all.")
-        if text != "all" and int(text) > there:
-            raise UserError(f"--labels {text}: there are {around}; ask for at most {there}, or all.")
-    return tuple(sorted({there if text == "all" else int(text) for text in labels}))
-
-
 def _task(kind: str, store: VolumeStore, cases: Sequence[VolumeMeta], card: Card, settings: FinetuneConfig) -> Task:
     """Patches as in the package's card, unless the config says otherwise."""
     patch_size = settings.patch_size or card.data.patch_size
@@ -188,29 +157,6 @@ def _task(kind: str, store: VolumeStore, cases: Sequence[VolumeMeta], card: Card
     if len(targets) < 2:
         raise UserError(f"All labelled scans have the target {targets[0]}; a classification needs at least two.")
     return ClassificationTask(store, patch_size, spacing_mm, window_hu, targets)
-
-
-def _report_cases(cases: Sequence[VolumeMeta], splits: Splits, card: Card) -> None:
-    """Say how the cases are split; refuse test cases that pretraining has seen."""
-    print(
-        f"{len(cases)} labelled cases, split by patient: {len(splits.train)} for training, "
-        f"{len(splits.validation)} for validation, {len(splits.test)} for test."
-    )
-    moved = len(splits.validation) - sum(meta.split == "val" for meta in cases)
-    if moved:
-        print(f"Validation was topped up with {moved} cases from training.")
-    seen = card.pretraining.cohort
-    patients = {meta.patient for meta in splits.test}
-    leaked = {meta.patient for meta in splits.test if meta.patient in seen.patients or meta.volume in seen.volumes}
-    if leaked:
-        raise UserError(
-            f"{len(leaked)} of {len(patients)} test patients were seen in pretraining, for instance {min(leaked)}: "
-            "results on them would mean nothing. Pretrain with --exclude FILE, or give other test cases."
-        )
-    if seen.patients:
-        print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
-    else:
-        print("Whether pretraining saw the test patients is not known: the package names no patients.")
 
 
 def _load_once(experiment: Experiment) -> None:
@@ -240,6 +186,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
         "spacing_mm": task.spacing_mm and list(task.spacing_mm),
         "window_hu": task.window_hu and list(task.window_hu),
         "settings": config.finetune.model_dump(mode="json"),
+        "labels": _labels_hash(experiment),
         "cases": {split: [meta.volume for meta in metas] for split, metas in vars(experiment.splits).items()},
     }
     path = experiment.folder / "run.json"
@@ -254,6 +201,16 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     record |= {"seed": seed, "status": "running"}
     write_json(path, record)
     return record
+
+
+def _labels_hash(experiment: Experiment) -> str:
+    """Of what the cases are labelled with, and what the labels are called."""
+    task, digest = experiment.task, hashlib.blake2b(digest_size=16)
+    digest.update(repr(task.outputs).encode())
+    for meta in (meta for metas in vars(experiment.splits).values() for meta in metas):
+        maps = task.store[meta.volume].labels() if isinstance(task, SegmentationTask) else None
+        digest.update(repr(meta.target).encode() if maps is None else maps.tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

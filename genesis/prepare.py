@@ -9,22 +9,30 @@ A second call reads only what is new or changed, and drops what is gone from SCA
 What cannot be used is left out, with its reason: see the summary, and store/audit.json in the workspace, which holds
 no names. case_map.csv there, readable by you alone, leads from the ids to your files. Patients without an id are
 told apart by the names of files and folders; where those mislead, use a CSV.
+
+With --scheduler the workers of a Dask cluster read; all of them must see SCANS and the workspace under the same paths.
 """
 
 import argparse
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .cli import command
 from .data.audit import Audit
 from .data.case_map import CaseMap, Row
+from .data.cluster import cluster
 from .data.cohort import Case, Cohort, find_cases
 from .data.intake import hashed
-from .data.store import Modality
+from .data.store import Modality, read_audit
 from .data.update import Reading, update_store
 from .errors import UserError
-from .files import read_json
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 SHOWN = 20  # quarantined scans that are named on the terminal
 
@@ -42,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="patients (or cases) never to be seen, one per line; remembered until another FILE is given",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read (default: one per core)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--workers", type=int, metavar="N", help="processes that read (default: one per core)")
+    group.add_argument(
+        "--scheduler", metavar="ADDRESS", help="read on the Dask cluster at tcp://HOST:PORT (extra [cluster])"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,16 +63,17 @@ def run(options: argparse.Namespace) -> None:
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1.")
     workspace = Workspace.at(options.workspace)
-    prepare(
-        Path(options.data),
-        workspace.store,
-        workspace,
-        modality=options.modality,
-        channels=options.channels,
-        exclude=options.exclude,
-        workers=options.workers,
-    )
-    print(f"The volumes are in {workspace.store}. Next: python -m genesis.discover")
+    with cluster(options.scheduler) if options.scheduler else nullcontext(options.workers) as workers:
+        prepare(
+            Path(options.data),
+            workspace.store,
+            workspace,
+            modality=options.modality,
+            channels=options.channels,
+            exclude=options.exclude,
+            workers=workers,
+        )
+    print(f"The volumes are in {workspace.store}. Next: {command(options, 'discover')}")
 
 
 def prepare(
@@ -73,14 +86,15 @@ def prepare(
     exclude: str | None = None,
     sample: bool = False,
     labelled_only: bool = False,
-    workers: int | None = None,
+    workers: "int | Client | None" = None,
 ) -> Audit:
     """Bring a store up to date with the scans at `data`; prints the audit, writes it, and returns it.
 
     Volumes that came from elsewhere stay, but those of the sample cohort make way for others. `exclude` is a file of
     patients and cases never to be seen; without one the store's earlier list holds. `labelled_only` passes over scans
     without label map and target. Raises `UserError` when nothing can be read, or when a label map does not fit its
-    image; all other scans are in the store by then.
+    image; all other scans are in the store by then. `workers` is the number of processes that read (None: one per
+    core), or a Dask cluster.
     """
     cohort = find_cases(data)
     reading = Reading(modality, cohort.channels(channels), workspace.id_key())
@@ -91,7 +105,7 @@ def prepare(
             f"{data} holds only files of the workspace {workspace.root}; pass scans of your own with --data."
         )
     case_map = CaseMap(workspace.case_map, os.path.relpath(store, workspace.root))
-    earlier = read_json(store / "audit.json") if (store / "audit.json").is_file() else {}
+    earlier = read_audit(store)
     excluded = _excluded(Path(exclude), cases, reading.key) if exclude else set(earlier.get("excluded", ()))
 
     def seen(case: Case | Row) -> bool:
@@ -102,16 +116,16 @@ def prepare(
         raise UserError(
             f"{data} names no labels; pass a dataset.json with label maps, or a CSV with a column label or target."
         )
-    elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row)]
+    if not wanted:
+        raise UserError(f"All scans at {data} are excluded; see --exclude.")
+    paths = {case.path for case in wanted}
+    elsewhere = [row for row in _elsewhere(case_map, data, workspace, sample) if seen(row) and row.path not in paths]
     names = _label_names(cohort, earlier.get("label_names", {}) if elsewhere else {}, store)
-    paths = {case.path for case in wanted} | {row.path for row in elsewhere}
-    case_map.rows = {path: row for path, row in case_map.rows.items() if path in paths}
     without = f", without {len(cases) - len(wanted)} excluded ones" if excluded else ""
     print(f"{data}: {len(wanted)} scans of {len({case.patient for case in wanted})} patients{without}")
-    metas = update_store(store, data, wanted, case_map, reading, workers)
+    metas = update_store(store, data, wanted, elsewhere, case_map, reading, workers)
     faults = _name_faults(case_map, wanted)
     if not metas:
-        (store / "audit.json").unlink(missing_ok=True)
         raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
     audit = Audit.of(metas, case_map.rows.values(), excluded=excluded, label_names=names, sample=sample)
     audit.write(store / "audit.json")

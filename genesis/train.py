@@ -7,13 +7,17 @@ Held-out patients judge it every so many steps; training stops early when they s
 
 The run is a folder, runs/NAME: config.yaml, metrics.jsonl, tensorboard/, figures/ and checkpoints/ with the best and
 the last step. A run that was stopped goes on with --resume, on the CPU to the same bits as if it had not been stopped.
+
+Several devices: torchrun --nproc-per-node 2 -m genesis.train -- --run NAME. The lone -- keeps torchrun, with options of
+its own that begin with --run, from taking --run as its own.
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,23 +25,27 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from .cli import add_dim_argument
-from .config import Config, load_config
+from .config import Config, TrainConfig
 from .data.patches import PseudoLabelPatches, ValidationPatches
-from .data.pseudo_labels import PseudoLabels
-from .data.store import VolumeStore
+from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .engine.checkpoint import read_checkpoint
 from .engine.launch import launch
 from .engine.method import Method
 from .engine.monitor import read_metrics
 from .engine.optimizer import OptimizerSettings
+from .engine.preflight import Estimate, measure
+from .engine.step import StepSettings
 from .engine.trainer import FitResult, fit
 from .errors import UserError
-from .files import read_json, verify_folder, write_aside, write_json
 from .methods import METHODS
 from .methods.semantic_genesis import SemanticGenesis
 from .models import Backbone, build_backbone
+from .runs import Run, plan_run, reopen_run
 from .seeding import key
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 PICTURED = 6  # patches in the picture of restorations
 
@@ -56,158 +64,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", metavar="NAME", help="name of the run (default: the config's name, numbered if there is one already)"
     )
-    parser.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
         "--resume",
         action="store_true",
         help="go on with the run --run, or the newest; of its settings only --steps may change",
     )
-
-
-@dataclass(frozen=True)
-class Discovered:
-    """What discover left for one number of dimensions."""
-
-    store: VolumeStore
-    table: PseudoLabels
-    record: dict[str, Any]  # discovery.json
+    either.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure a few steps, say how long it will take, its memory and disk, and the batch that fits; then stop",
+    )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="write a torch profiler trace of N steps into the run"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     workspace = Workspace.at(options.workspace)
-    folder, config, record, found = (_reopen if options.resume else _plan)(workspace, options)
-    torch.manual_seed(key(record["seed"], "network"))
-    backbone = _backbone(config, record["in_channels"])
-    method = METHODS[config.method.name](config.method, backbone, found.table.classes)
-    train, validation = _patches(config, found, record)
-    record["trained"] = _trained(backbone)
-
+    this = (reopen_run if options.resume else plan_run)(workspace, options)
+    config, seed = this.config, this.record["seed"]
+    if not 0 <= options.profile < config.train.steps:
+        raise UserError(f"--profile {options.profile}: expected fewer steps than the run's {config.train.steps}.")
+    torch.manual_seed(key(seed, "network"))
+    backbone = _backbone(config, this.record["in_channels"])
+    method = METHODS[config.method.name](config.method, backbone, this.found.table.classes)
+    this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
-    where = f" --workspace {options.workspace}" if options.workspace else ""
+    train, validation = _patches(this, fabric)
+    how: dict[str, Any] = {
+        "validation": validation,
+        "seed": seed,
+        "device": options.device,
+        "steps": config.train.steps,
+        "batch_size": config.train.batch_size,
+        "optimizer": OptimizerSettings(**config.train.optimizer.model_dump()),
+        "settings": StepSettings(config.train.precision, config.train.compile, config.train.accumulate),
+        "validate_every": config.train.validate_every,
+        "workers": 0 if isinstance(train, ResidentPatches) else config.train.workers,
+    }
+    patches = (this.found.table.split == "train").sum()
     fabric.print(
-        f"Training {config.method.name} on {len(train.table)} patches of {found.table.classes} classes; "
+        f"Training {config.method.name} on {patches} patches of {this.found.table.classes} classes; "
         f"{len(validation) if validation else 'no'} patches of held-out patients judge it."
     )
-    if fabric.is_global_zero:
-        _write_run(folder, config, {**record, "status": "running"})
-    status = "stopped"
-    try:
-        result = fit(
-            method,
-            train,
-            validation=validation,
-            folder=folder,
-            seed=record["seed"],
-            device=options.device,
-            steps=config.train.steps,
-            batch_size=config.train.batch_size,
-            optimizer=OptimizerSettings(**config.train.optimizer.model_dump()),
-            precision=config.train.precision,
-            validate_every=config.train.validate_every,
-            patience=config.train.patience,
-            workers=config.train.workers,
-            resume=options.resume,
-            title="training",
+    if options.dry_run:
+        fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
+        return
+    where = f" --workspace {options.workspace}" if options.workspace else ""
+    how |= {"patience": config.train.patience, "resume": options.resume, "profile": options.profile}
+    result = _fit(this, method, train, how, fabric, where)
+    if not isfinite(result.best_loss):
+        raise UserError(
+            f"The training of {this.folder.name} diverged: no validation had a finite loss; "
+            "lower train.optimizer.learning_rate."
         )
-        status = "finished"
-    except KeyboardInterrupt:
-        fabric.print(f"Stopped; go on with: python -m genesis.train --resume --run {folder.name}{where}")
-        raise SystemExit(130) from None
-    finally:
-        if fabric.is_global_zero:
-            _write_run(folder, config, {**record, "status": status})
     if fabric.is_global_zero:
-        method.load_state_dict(read_checkpoint(folder / "checkpoints" / "best.pt")["method"])
-        _draw(folder, method.eval(), validation or train, record["spacing_mm"], fabric.device)
+        method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
+        _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
         print(_summary(result))
-        print(f"The run is in {folder}; next: python -m genesis.export{where}")
+        print(f"The run is in {this.folder}; next: python -m genesis.export{where}")
 
 
-def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
-    folder = workspace.discovery(spatial_dims)
-    again = f"python -m genesis.discover --dim {spatial_dims}d"
-    if not (folder / "discovery.json").is_file():
-        raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
-    verify_folder(folder, "discovery.json", "pseudo_labels.csv")
-    record = read_json(folder / "discovery.json")
-    return Discovered(VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv"), record)
-
-
-def _plan(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Config, dict[str, Any], Discovered]:
-    """Folder, config and record of a new run; nothing is written."""
-    found = _discovered(workspace, int(options.dim[0]))
-    config = _configure(options, found)
-    name = options.run or _free_name(workspace, Path(options.config or f"{options.method}_{options.dim}").stem)
-    if "/" in name or "\\" in name or name.startswith("."):
-        raise UserError(f"--run {name}: the name of a run has no slashes and no leading dot.")
-    if (workspace.runs / name).exists():
-        raise UserError(
-            f"There is a run {name} in {workspace.runs}; go on with it by --resume, or choose another --run."
-        )
-    seen = [meta for meta in found.store if meta.split != "test"]
-    record = {
-        "kind": "train",
-        "dim": options.dim,
-        "method": config.method.name,
-        "seed": options.seed,
-        "spacing_mm": found.record["spacing_mm"],
-        "in_channels": found.record["in_channels"],
-        "modality": found.record["modality"],
-        "pseudo_labels_sha256": found.record["pseudo_labels_sha256"],
-        "cohort": {
-            "patients": sorted({meta.patient for meta in seen}),
-            "volumes": sorted(meta.volume for meta in seen),
-        },
-    }
-    return workspace.runs / name, config, record, found
-
-
-def _reopen(workspace: Workspace, options: argparse.Namespace) -> tuple[Path, Config, dict[str, Any], Discovered]:
-    """The same of the run to go on with."""
-    if options.config or options.overrides:
-        raise UserError("--resume goes on in the run's own config; --config and --set belong to a new run.")
-    folder = workspace.run(options.run, "train")
-    record = read_json(folder / "run.json")
-    config = load_config(str(folder / "config.yaml"), values=_steps(options))
-    found = _discovered(workspace, config.spatial_dims)
-    if found.record["pseudo_labels_sha256"] != record["pseudo_labels_sha256"]:
-        raise UserError(
-            f"The pseudo-labels were made anew since {folder} started, so it cannot go on; "
-            "start a new run without --resume."
-        )
-    return folder, config, record, found
-
-
-def _configure(options: argparse.Namespace, found: Discovered) -> Config:
-    """The run's config, whose data section is that of discovery."""
-    name = options.config or f"{options.method}_{options.dim}"
-    values = _steps(options)
-    if options.config is None and not any(override.lstrip().startswith("data.") for override in options.overrides):
-        values["data"] = found.record["data"]
-    config = load_config(name, options.overrides, sample=found.store.sample, values=values)
-    if config.spatial_dims != int(options.dim[0]):
-        raise UserError(f"The config {name} is {config.spatial_dims}D; pass --dim {config.spatial_dims}d.")
-    for field, value in config.data.model_dump(mode="json").items():
-        if value != (used := found.record["data"][field]):
-            raise UserError(
-                f"data.{field} is {value}, but discovery used {used}: leave it out, or run "
-                f"python -m genesis.discover --dim {options.dim} with the same setting first."
-            )
-    return config
-
-
-def _steps(options: argparse.Namespace) -> dict[str, Any]:
-    return {} if options.steps is None else {"train.steps": options.steps}
-
-
-def _free_name(workspace: Workspace, stem: str) -> str:
-    names = (stem, *(f"{stem}-{number}" for number in range(2, 10**6)))
-    return next(name for name in names if not (workspace.runs / name).exists())
-
-
-def _write_run(folder: Path, config: Config, record: dict[str, Any]) -> None:
-    with write_aside(folder / "config.yaml") as aside:
-        aside.write_text(config.dump(), encoding="utf-8")
-    write_json(folder / "run.json", record)
+def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", where: str) -> FitResult:
+    """Train, and keep the run's status up to date; a new run that fails at once leaves nothing."""
+    status = "stopped"
+    if fabric.is_global_zero:
+        this.write("running")
+    try:
+        result = fit(method, train, folder=this.folder, title="training", **how)
+        status = "finished"
+        return result
+    except KeyboardInterrupt:
+        fabric.print(f"Stopped; go on with: python -m genesis.train --resume --run {this.folder.name}{where}")
+        raise SystemExit(130) from None
+    except UserError:
+        if not how["resume"] and not read_metrics(this.folder, "train"):
+            status = ""
+        raise
+    finally:
+        if fabric.is_global_zero and status:
+            this.write(status)
+        elif fabric.is_global_zero:
+            shutil.rmtree(this.folder)
 
 
 def _backbone(config: Config, channels: int) -> Backbone:
@@ -217,6 +156,8 @@ def _backbone(config: Config, channels: int) -> Backbone:
         )
     except ValueError as error:
         raise UserError(f"config: {error}.") from None
+    if config.train.recompute_activations:
+        backbone.recompute_activations()
     size = config.data.patch_size
     if any(side % backbone.stride for side in size) or max(size) == backbone.stride:
         raise UserError(
@@ -233,8 +174,9 @@ def _trained(backbone: Backbone) -> list[str]:
     return ["encoder", "decoder"] if any(p.requires_grad for p in others) else ["encoder"]
 
 
-def _patches(config: Config, found: Discovered, record: dict[str, Any]) -> tuple[PseudoLabelPatches, Subset | None]:
+def _patches(this: Run, fabric: "Fabric") -> tuple[PseudoLabelPatches | ResidentPatches, Subset | None]:
     """Training patches, and a fixed, even choice of the held-out ones, if there are any."""
+    config, found, record = this.config, this.found, this.record
     spacing = record["spacing_mm"]
     how: dict[str, Any] = {
         "patch_size": config.data.patch_size,
@@ -245,16 +187,23 @@ def _patches(config: Config, found: Discovered, record: dict[str, Any]) -> tuple
     train = PseudoLabelPatches(
         found.store, found.table.select("train"), multi_resolution=config.discovery.multi_resolution, **how
     )
-    held_out = found.table.select("val")
-    if not len(held_out):
-        return train, None
-    return train, _even_choice(ValidationPatches(found.store, held_out, **how), config.train.validation_samples)
+    rows = found.table.select("val")
+    held_out = ValidationPatches(found.store, rows, **how) if len(rows) else None
+    chosen = _evenly(len(rows), config.train.validation_samples)
+
+    used = sorted(set(found.table.volume.tolist()))
+    stay, why = residence([found.store[volume].meta for volume in used], fabric.device, config.data.resident)
+    fabric.print(why)
+    if not stay:
+        return train, Subset(held_out, chosen) if held_out else None
+    volumes = ResidentVolumes(found.store, used, config.data.window_hu, fabric.device)
+    judges = Subset(ResidentPatches(held_out, volumes), chosen) if held_out else None
+    return ResidentPatches(train, volumes), judges
 
 
-def _even_choice(patches: ValidationPatches, count: int) -> Subset:
-    """At most `count` of the patches, spread evenly over the table and so over its classes."""
-    rows = np.linspace(0, len(patches) - 1, min(count, len(patches))).round().astype(int)
-    return Subset(patches, rows.tolist())
+def _evenly(rows: int, count: int) -> list[int]:
+    """At most `count` rows, spread evenly over the table and so over its classes."""
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int).tolist()
 
 
 def _draw(
@@ -274,6 +223,27 @@ def _draw(
         restorations(
             folder / "figures" / "restorations.png", *shown, aspect=spacing_mm[1] / spacing_mm[0] if spacing_mm else 1.0
         )
+
+
+def _forecast(estimate: Estimate, settings: TrainConfig, folder: Path) -> str:
+    """A dry run in words."""
+    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    short = "" if estimate.disk_bytes < free else ": NOT ENOUGH"
+    return "\n".join(
+        (
+            f"Measured on {estimate.measured} steps of {settings.batch_size} patches; nothing was written.",
+            f"  time    {estimate.hours:.3g} hours for {settings.steps} steps, if none are saved by stopping early "
+            f"({settings.batch_size / estimate.seconds:.3g} patches/s, data wait {estimate.waited:.0%})",
+            f"  memory  {_size(estimate.peak_bytes)} at most, of {_size(estimate.usable_bytes)}; "
+            f"a batch of about {estimate.largest_batch} would fit",
+            f"  disk    {_size(estimate.disk_bytes)}; {_size(free)} are free{short}",
+        )
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _summary(result: FitResult) -> str:

@@ -1,5 +1,6 @@
 """Where the artefacts live, by convention."""
 
+import hashlib
 import os
 import secrets
 from dataclasses import dataclass
@@ -63,14 +64,33 @@ class Workspace:
                 aside.write_text(secrets.token_hex(32), encoding="utf-8")
         return path.read_bytes()
 
+    def id_key_hash(self) -> str:
+        """Tells keys apart without giving them away: hashed ids can be compared only when made with the same key."""
+        return hashlib.blake2b(self.id_key(), digest_size=8, person=b"id key").hexdigest()
+
+    def new_run(self, name: str) -> Path:
+        """The folder of a run to be; raises `UserError` for a name that would lie elsewhere."""
+        if not name or "/" in name or "\\" in name or name.startswith(".") or len(name) > 100:
+            raise UserError(f"--run {name}: the name of a run is short, has no slashes and no leading dot.")
+        return self.runs / name
+
     def run(self, name: str | None, kind: str) -> Path:
         """The run of that name, else the newest finished or unfinished one of a kind ("train" or "finetune")."""
         if name is not None:
-            if not (self.runs / name / "run.json").is_file():
+            if not (self.runs / name / "run.json").is_file() or "/" in name:
                 known = ", ".join(sorted(p.parent.name for p in self.runs.glob("*/run.json"))) or "none"
                 raise UserError(f"There is no run {name!r} in {self.runs} (there: {known}).")
+            if (actual := _kind(self.runs / name)) != kind:
+                raise UserError(f"The run {name} is a {actual} run, not a {kind} run; name another with --run.")
             return self.runs / name
-        found = [p for p in self.runs.glob("*/run.json") if read_json(p)["kind"] == kind]
+        found = [p for p in self.runs.glob("*/run.json") if _kind(p.parent) == kind]
         if not found:
             raise UserError(f"There is no {kind} run in {self.runs}; start one with: python -m genesis.{kind}")
         return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+def _kind(run: Path) -> str:
+    record = read_json(run / "run.json")
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise UserError(f"{run / 'run.json'} is damaged; move the folder {run} away to go on without it.")
+    return record["kind"]

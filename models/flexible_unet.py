@@ -12,15 +12,17 @@ class FlexibleUNetBackbone(Backbone):
     network: FlexibleUNet
 
     def __init__(self, network: FlexibleUNet) -> None:
+        encoder = network.encoder
         super().__init__(
             network,
-            network.encoder,
+            encoder,
             network.segmentation_head,
             spatial_dims=network.spatial_dims,
-            in_channels=next(network.encoder.parameters()).shape[1],
+            in_channels=next(encoder.parameters()).shape[1],
             out_channels=network.segmentation_head[0].out_channels,
             feature_channels=FLEXUNET_BACKBONE.register_dict[network.backbone]["feature_channel"],
             stride=32,
+            blocks=[encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4, *network.decoder.blocks],
         )
 
     def decode(self, features: list[Tensor]) -> Tensor:

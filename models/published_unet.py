@@ -54,15 +54,17 @@ class PublishedUNetBackbone(Backbone):
     network: PublishedUNet
 
     def __init__(self, network: PublishedUNet) -> None:
+        downs = [network.down_tr64, network.down_tr128, network.down_tr256, network.down_tr512]
         super().__init__(
             network,
-            Stages([network.down_tr64, network.down_tr128, network.down_tr256, network.down_tr512]),
+            Stages(downs),
             network.out_tr,
             spatial_dims=3,
             in_channels=network.in_channels,
             out_channels=network.out_channels,
             feature_channels=(64, 128, 256, 512),
             stride=8,
+            blocks=[*downs, network.up_tr256, network.up_tr128, network.up_tr64],
         )
 
     def decode(self, features: list[Tensor]) -> Tensor:

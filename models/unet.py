@@ -35,6 +35,7 @@ class UNetBackbone(Backbone):
             out_channels=network.out_channels,
             feature_channels=network.channels,
             stride=math.prod(network.strides),
+            blocks=[*downs, block, *ups],
         )
         self._ups = tuple(ups)
 

@@ -18,11 +18,17 @@ install_import_hook(
         "genesis.data.labelled",
         "genesis.data.patches",
         "genesis.data.resample",
+        "genesis.data.resident",
     ],
     "beartype.beartype",
 )
 
 torch.set_num_threads(1)  # tensors are tiny: more threads wait for each other, the longer the busier the machine
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def test_precedence_is_file_overlay_value_override() -> None:
         ("data.patch_size=[64, 64]", "data.patch_size has 2 numbers; a 3D config needs 3"),
         ("data.patch_size=[64, 64, 4]", "a side below 8 voxels"),
         ("data.window_hu=[100, -100]", r"must be \[lower, upper\]"),
+        ("data.resident=2", "data.resident: must be auto, or a share of the device's memory from 0"),
         ("train.steps.more=3", "is a single value, not a section"),
     ],
 )

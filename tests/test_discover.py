@@ -3,19 +3,22 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launched import srun, torchrun
 
 from genesis import cli
+from genesis import discover as verb
 from genesis.data.foreground import bounding_box, foreground_mask
 from genesis.data.patches import Endless, WholeVolumes
 from genesis.data.phantom import Acquisition, phantom
 from genesis.data.pseudo_labels import PseudoLabels
 from genesis.data.store import VolumeMeta, VolumeStore, write_volume
 from genesis.discovery import anatomy
-from genesis.discovery.latents import Reconstruction, Shrunken, encode
+from genesis.discovery.latents import Reconstruction, encode, shrink
 from genesis.discovery.neighbours import nearest_patients
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.trainer import fit
@@ -71,9 +74,13 @@ def workspace(scans: Path, tmp_path: Path) -> Path:
     return shutil.copytree(scans, tmp_path / "workspace")
 
 
-def discover(workspace: Path, settings: list[str], *more: str) -> None:
+def arguments(workspace: Path, settings: list[str]) -> list[str]:
     overrides = [argument for setting in settings for argument in ("--set", setting)]
-    cli.main(["discover", "--workspace", str(workspace), "--device", "cpu", *overrides, *more])
+    return ["--workspace", str(workspace), "--device", "cpu", *overrides]
+
+
+def discover(workspace: Path, settings: list[str], *more: str) -> None:
+    cli.main(["discover", *arguments(workspace, settings), *more])
 
 
 def refused(workspace: Path, settings: list[str], capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -105,7 +112,7 @@ def test_it_leaves_a_table_its_quality_and_pictures(workspace: Path, capsys: pyt
     assert set(quality["anatomy"]) == {"voxel", "body", "matched", "random"}
     assert 0 < quality["coverage"] <= 1
     assert quality["similarity"]["within"] > quality["similarity"]["between"]
-    assert capsys.readouterr().out.splitlines()[-1].endswith("Next: python -m genesis.train --dim 3d")
+    assert "Next: python -m genesis.train --dim 3d --workspace" in capsys.readouterr().out.splitlines()[-1]
     before = (folder / "pseudo_labels.csv").read_bytes(), (folder / "latents.npy").read_bytes()
     discover(workspace, TINY_3D)
     assert before == ((folder / "pseudo_labels.csv").read_bytes(), (folder / "latents.npy").read_bytes())
@@ -178,7 +185,7 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
     make_store(tmp_path, [(number % 20, number) for number in range(40)], splits=("train",))
     store = VolumeStore(tmp_path)
     metas = [replace(meta, patient=meta.volume) for meta in store.select()]
-    volumes = Shrunken(
+    volumes = shrink(
         WholeVolumes(store, metas, shape=(24, 24, 24), window_hu=(-1000.0, 1000.0)), tmp_path / "v.npy", lambda: None
     )
     torch.manual_seed(0)
@@ -187,8 +194,55 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
         method, Endless(volumes, 0), validation=None, folder=tmp_path / "run", seed=0, device="cpu", steps=100,
         batch_size=8, optimizer=OptimizerSettings("adam", 1e-3), title="autoencoder", validate_every=100, workers=0,
     )  # fmt: skip
-    latents = encode(method.autoencoder, volumes, torch.device("cpu"), 8)[:, 0]
+    latents = encode(method.autoencoder, volumes, torch.device("cpu"), 8)
     ids = [meta.volume for meta in metas]
     nearest = [ids[nearest_patients(row, latents, ids, range(40), 2)[0][1]] for row in range(40)]
     twins = [f"v{(int(volume[1:]) + 20) % 40}" for volume in ids]
     assert np.mean([a == b for a, b in zip(nearest, twins, strict=True)]) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "words"),
+    [(2, ("--data", "scans"), "run python -m genesis.prepare first"), (6, (), "5 training volumes for 6 processes")],
+)
+def test_what_several_processes_cannot_do_is_said(
+    workspace: Path,
+    processes: int,
+    more: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(verb, "launch", lambda device: SimpleNamespace(world_size=processes))
+    assert words in refused(workspace, TINY_3D, capsys, *more)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves(workspace: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(workspace, tmp_path / "alone")
+    discover(alone, TINY_3D)
+    ((code, said),) = torchrun("-m", "genesis.discover", *arguments(workspace, TINY_3D))
+    assert code == 0, said
+    assert said.count("Pseudo-labels are in") == 1
+    verify_folder(workspace / "discovery" / "3d")
+    one, two = (place / "discovery" / "3d" for place in (alone, workspace))
+    files = [sorted(file.relative_to(folder) for file in folder.rglob("*")) for folder in (one, two)]
+    assert files[0] == files[1]
+    for name in ("pseudo_labels.csv", "latents.txt", "config.yaml"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    np.testing.assert_allclose(np.load(one / "latents.npy"), np.load(two / "latents.npy"), rtol=1e-4, atol=1e-5)
+    assert read_json(one / "discovery.json") == read_json(two / "discovery.json")
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_ends_both_with_one_sentence(workspace: Path) -> None:
+    file = workspace / "store" / "volumes" / "v6.b2nd"  # the last of those held out, so of the second process
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    ended = srun("-m", "genesis.discover", *arguments(workspace, TINY_3D))
+    said = "".join(text for _, text in ended)
+    assert [code for code, _ in ended] == [2, 2], said
+    assert said.count("genesis discover: Volume v6 is damaged") == 1
+    assert "Traceback" not in said
+    assert not list((workspace / "discovery").iterdir())

@@ -12,10 +12,10 @@ from genesis.data.store import VolumeStore
 from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm, from_body, to_body
-from genesis.discovery.classes import Neighbour, make_classes
+from genesis.discovery.classes import Neighbour, make_classes, match, pairs_of
 from genesis.discovery.latents import effective_rank
 from genesis.discovery.matching import Pass, carry, correlate
-from genesis.discovery.neighbours import nearest_patients
+from genesis.discovery.neighbours import merge, nearest_patients
 from genesis.errors import UserError
 from genesis.prepare import prepare
 from genesis.seeding import generator
@@ -48,6 +48,23 @@ def test_nearest_patients_are_those_of_a_naive_search() -> None:
     np.testing.assert_allclose(distances, [distance for distance, _ in expected], rtol=1e-5, atol=1e-6)
     assert rows[0] == 4
     assert distances[0] == 0
+
+
+def test_nearest_patients_of_shares_are_those_of_the_whole() -> None:
+    latents = np.random.default_rng(0).integers(0, 3, (60, 4)).astype(np.float32)  # many ties
+    patients = [f"p{number % 25}" for number in range(60)]
+    for reference in (0, 31, 59):
+        rows, distances = nearest_patients(reference, latents, patients, range(50), 10)
+        parts = []
+        for start, stop in ((0, 20), (20, 45), (45, 52), (52, 60)):
+            near, away = nearest_patients(
+                reference - start, latents[start:stop], patients[start:stop], range(min(stop, 50) - start), 10,
+                latents[reference],
+            )  # fmt: skip
+            parts.append((near + start, away))
+        again = merge(parts, reference, patients, 10)
+        assert again[0].tolist() == rows.tolist()
+        assert again[1].tolist() == distances.tolist()
 
 
 def test_the_reference_comes_before_its_twin() -> None:
@@ -115,10 +132,15 @@ def test_a_class_is_one_anchor_in_several_patients(store: VolumeStore) -> None:
     anchors = choose_anchors(store, [metas[0].volume] * 3, seed=0, step_mm=step, min_tissue=0.5, **PATCH)  # type: ignore[arg-type]
     near = [Neighbour(meta.volume, rank, float(rank), "train") for rank, meta in enumerate(metas)]
     steps: list[None] = []
-    classes = make_classes(
-        store, anchors, dict.fromkeys(range(3), near), space="body", min_score=0.3, step_mm=step,
-        advance=lambda: steps.append(None), **PATCH,  # type: ignore[arg-type]
-    )  # fmt: skip
+    matches = match(
+        store,
+        anchors,
+        pairs_of(anchors, dict.fromkeys(range(3), near)),
+        space="body",
+        step_mm=step,
+        advance=lambda: steps.append(None),
+    )
+    classes = make_classes(store, matches, min_score=0.3, **PATCH)  # type: ignore[arg-type]
     table = classes.table
     assert len(steps) == 4
     assert table.classes == 3
@@ -126,10 +148,7 @@ def test_a_class_is_one_anchor_in_several_patients(store: VolumeStore) -> None:
     for anchor, row in zip(anchors, np.flatnonzero(table.rank == 0), strict=True):
         np.testing.assert_allclose(table.centre_mm[row], anchor.centre_mm, atol=1e-3)
     with pytest.raises(UserError, match=r"lower discovery\.min_score"):
-        make_classes(
-            store, anchors, dict.fromkeys(range(3), near[:1]), space="body", min_score=0.3, step_mm=step,
-            advance=lambda: None, **PATCH,  # type: ignore[arg-type]
-        )  # fmt: skip
+        make_classes(store, [one for one in matches if one.neighbour.rank == 0], min_score=0.3, **PATCH)  # type: ignore[arg-type]
 
 
 def test_matching_carries_organs_to_where_they_are(store: VolumeStore) -> None:

@@ -15,11 +15,13 @@ from genesis.data.labelled import Classes
 from genesis.engine.method import Batch, Method, Output
 from genesis.engine.monitor import read_metrics
 from genesis.evaluation import arms as arms_module
-from genesis.evaluation.arms import Experiment, choose, split_cases
+from genesis.evaluation.arms import Experiment
+from genesis.evaluation.cases import choose, split_cases
 from genesis.evaluation.comparison import Score, as_table, average, difference
 from genesis.evaluation.tasks import SegmentationTask
 from genesis.models import build_backbone
 from genesis.weights import CohortCard, DataCard, PretrainingCard, load_pretrained, read_card, write_package
+from genesis.workspace import Workspace
 
 SETTINGS = [
     "finetune.steps=4", "finetune.batch_size=2", "finetune.learning_rates=[0.001,0.01]", "finetune.validate_every=2",
@@ -27,7 +29,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def write_weights(folder: Path, *, dims: int = 3, patients: tuple[str, ...] = ()) -> Path:
+def write_weights(folder: Path, *, dims: int = 3, patients: tuple[str, ...] = (), key: str | None = None) -> Path:
     """A package of an untrained tiny network."""
     torch.manual_seed(3)
     backbone = build_backbone("unet", spatial_dims=dims, channels=(4, 8), strides=(2,), num_res_units=0)
@@ -38,7 +40,11 @@ def write_weights(folder: Path, *, dims: int = 3, patients: tuple[str, ...] = ()
             modality="ct", window_hu=(-1000, 1000), spacing_mm=(2.0, 2.0, 3.0)[:dims], patch_size=(8,) * dims
         ),
         pretraining=PretrainingCard(
-            method="semantic_genesis", steps=1, seed=0, metrics={}, cohort=CohortCard(patients=patients, volumes=())
+            method="semantic_genesis",
+            steps=1,
+            seed=0,
+            metrics={},
+            cohort=CohortCard(key=key, patients=patients, volumes=()),
         ),
     )
     return folder
@@ -65,6 +71,7 @@ def experiment(workspace: Path) -> Experiment:
         in_channels=1,
         settings=load_config("semantic_genesis_3d", SETTINGS).finetune,
         device=torch.device("cpu"),
+        id_key_hash="key",
     )
 
 
@@ -210,8 +217,25 @@ def test_the_verb_from_start_to_end_and_again(workspace: Path, capsys: pytest.Ca
     assert json.loads((run / "results.json").read_text(encoding="utf-8")) == before
     assert one.is_dir()
 
-    # other settings are another experiment
+    # another first seed picks the learning rates anew, among models that are there
+    finetune(workspace, "--labels", "1", "all", "--seeds", "1", "0", "--run", "one")
+
+    # other settings are another experiment, and so are corrected labels
     assert "--run NAME" in refused(workspace, capsys, *arguments, "--set", "finetune.steps=5")
+    write_store(workspace / "store", names={2: "bright", 5: "dark"})
+    assert "has another labels" in refused(workspace, capsys, *arguments)
+
+
+def test_hashes_of_another_key_tell_nothing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Patients are compared by hashes; those of two keys differ for one patient, which must not pass for unseen."""
+    own = Workspace(workspace).id_key_hash()
+    for name, key, words in (("near", own, "None of the 2 test patients"), ("far", "other", "cannot be told")):
+        write_weights(workspace / "weights" / name, patients=("p90",), key=key)
+        finetune(workspace, "--weights", name, "--labels", "1", "--control", "none")
+        assert words in capsys.readouterr().out
+        seen = read_card(workspace / "runs" / f"{name}-on-store" / "model").pretraining.cohort
+        assert seen.key == key
+        assert len(seen.patients) == (5 if key == own else 1)
 
 
 def test_an_interrupted_training_goes_on(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

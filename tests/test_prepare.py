@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import SimpleITK as sitk
 from dicom_files import write_series
 
 from genesis.cli import main
-from genesis.data import update
+from genesis.data import cluster, update
 from genesis.data.audit import Audit
 from genesis.data.intake import Outcome, Task, take_in
 from genesis.data.store import INCOMING, Volume, VolumeStore
@@ -117,13 +118,17 @@ def test_a_second_call_reads_only_what_is_new_or_changed(
 
 
 def test_another_choice_reads_all_anew(
-    prepared: Prepare, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepare,
+    workspace: Workspace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in range(2):
         save(tmp_path / "brats" / f"{number}.nii", np.stack([ct(2 * number), ct(2 * number + 1)], -1))
     with pytest.raises(UserError, match="None of the 2 scans"):
         prepared(tmp_path / "brats", modality="mr")
-    assert "choose with --channels" in rows(workspace)[0]["reason"]
+    assert "choose with --channels" in capsys.readouterr().out
     read = read_scans(monkeypatch)
     prepared(tmp_path / "brats", modality="mr", channels="all")
     assert {meta.shape[0] for meta in VolumeStore(workspace.store)} == {2}
@@ -134,6 +139,16 @@ def test_another_choice_reads_all_anew(
     assert read == ["0", "1"] * 3
     with pytest.raises(UserError, match="--channels T1: there is no such channel"):
         prepared(tmp_path / "brats", channels="T1")
+
+
+def test_unusable_scans_leave_the_store_as_it_was(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
+    prepared()
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(UserError, match="None of the 1 scans"):
+        prepared(tmp_path / "broken", sample=False)
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before
 
 
 def test_other_scans_are_added(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
@@ -387,7 +402,7 @@ def test_the_verb(scans: Path, workspace: Workspace, capsys: pytest.CaptureFixtu
     main(["prepare", *arguments, "--workers", "2"])
     output = capsys.readouterr().out
     assert "7 volumes of 7 patients" in output
-    assert output.strip().endswith("Next: python -m genesis.discover")
+    assert output.strip().endswith(f"Next: python -m genesis.discover --workspace {workspace.root}")
 
 
 def test_neither_the_verb_nor_its_workers_import_torch() -> None:
@@ -402,3 +417,42 @@ def test_every_awkward_file_is_stored_or_named(shared_data: Path, workspace: Wor
     assert audit.volumes + len(audit.quarantined) == 24
     assert audit.volumes == 8  # seven of the eight orientations, and the NRRD of the FLAIR, are the same scan again
     assert sum("same voxels" in text for text in audit.quarantined.values()) == 8
+
+
+def test_a_dask_cluster_stores_the_same_bytes(workspace: Workspace, scans: Path, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    (scans / "broken.nii.gz").write_bytes(b"no scan")
+    here = Workspace(tmp_path / "here")
+    here.root.mkdir()
+    workspace.root.mkdir()
+    (here.root / "id_key").write_bytes(workspace.id_key())
+    run(here, scans, "--workers", "1")
+    options = {"processes": False, "threads_per_worker": 1, "dashboard_address": None, "protocol": "tcp://"}
+    with distributed.LocalCluster(n_workers=2, **options) as cluster:
+        run(workspace, scans, "--scheduler", cluster.scheduler_address)
+    files = sorted(file.relative_to(here.store) for file in here.store.rglob("*") if file.is_file())
+    assert len(files) == 4  # three volumes and the audit
+    assert files == sorted(file.relative_to(workspace.store) for file in workspace.store.rglob("*") if file.is_file())
+    for file in files:
+        assert (here.store / file).read_bytes() == (workspace.store / file).read_bytes(), file
+
+
+def run(workspace: Workspace, scans: Path, *more: str) -> None:
+    main(["prepare", "--data", str(scans), "--modality", "ct", "--workspace", str(workspace.root), *more])
+
+
+def test_a_scheduler_that_does_not_answer_is_named(
+    workspace: Workspace, scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1)
+    with socket.socket() as taken:  # bound, but it does not listen
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(SystemExit) as ended:
+            run(workspace, scans, "--scheduler", address)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"{address}: no Dask scheduler answers there" in message
+    assert len(message.splitlines()) == 1
+    assert not workspace.store.exists()

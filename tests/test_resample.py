@@ -84,14 +84,14 @@ def test_equals_scipy_where_nothing_shrinks() -> None:
     expected = map_coordinates(
         x.numpy(), np.meshgrid(*(positions(*axis[:4]) for axis in box), indexing="ij"), order=1, mode="nearest"
     )
-    torch.testing.assert_close(resample(x, *(full(*axis) for axis in box)), torch.from_numpy(expected))
+    torch.testing.assert_close(resample(x[None], *(full(*axis) for axis in box))[0], torch.from_numpy(expected))
 
 
 def test_equals_antialiased_interpolation_where_the_whole_shrinks() -> None:
     x = torch.rand(1, 1, 37, 53)
     expected = torch.nn.functional.interpolate(x, (16, 21), mode="bilinear", antialias=True, align_corners=False)
     weights = [full(n_out, (n_in - 1) / 2, float(n_in), 1.0, n_in) for n_out, n_in in ((16, 37), (21, 53), (1, 1))]
-    torch.testing.assert_close(resample(x[..., None], *weights)[..., 0], expected)
+    torch.testing.assert_close(resample(x[0, ..., None], *weights)[None, ..., 0], expected)
 
 
 def test_shrinking_does_not_alias() -> None:
@@ -100,12 +100,17 @@ def test_shrinking_does_not_alias() -> None:
     torch.testing.assert_close(middle, torch.full((24,), 0.5))
 
 
+def test_autocast_does_not_make_it_coarse() -> None:
+    x, weights = torch.rand(1, 9, 9, 9), [full(6, 4.0, 8.0, 1.0, 9)] * 3
+    expected = resample(x, *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resample(x, *weights), expected)
+
+
 def test_a_batch_equals_each_of_its_samples() -> None:
     x = torch.rand(3, 2, 10, 11, 12)
-    weights = [
-        torch.stack([full(5, 4.0 + sample, 6.0 + sample, 1.0, n)[None] for sample in range(3)]) for n in (10, 11, 12)
-    ]
+    weights = [torch.stack([full(5, 4.0 + sample, 6.0 + sample, 1.0, n) for sample in range(3)]) for n in (10, 11, 12)]
     batch = resample(x, *weights)
     for sample in range(3):
-        alone = resample(x[sample], *(w[sample, 0] for w in weights))
+        alone = resample(x[sample], *(w[sample] for w in weights))
         torch.testing.assert_close(batch[sample], alone)

@@ -1,7 +1,11 @@
 """The verb: from what discover left to a run, and what a user is told who asks for something else."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,13 @@ import torch
 from genesis import cli
 from genesis.config import load_config
 from genesis.data.pseudo_labels import PseudoLabels
-from genesis.data.store import VolumeMeta, write_volume
-from genesis.engine import trainer
+from genesis.data.store import VolumeMeta, VolumeStore, write_volume
+from genesis.engine import preflight, trainer
 from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.method import Batch, Output
 from genesis.files import read_json, sha256, write_folder_aside, write_json
+from genesis.methods.semantic_genesis import SemanticGenesis
+from genesis.workspace import Workspace
 
 SIDE, PATCH, CLASSES = 32, 16, 3
 DATA = {"patch_size": [PATCH] * 3, "spacing_mm": "median", "window_hu": [-1000.0, 1000.0]}
@@ -63,7 +70,8 @@ def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> No
             aside / "discovery.json",
             {
                 "schema": 1, "dim": "3d", "seed": 0, "modality": "ct", "in_channels": 1, "spacing_mm": [2.0, 2.0, 2.0],
-                "data": data, "pseudo_labels_sha256": sha256(aside / "pseudo_labels.csv"),
+                "data": data, "discovery": load_config("semantic_genesis_3d").discovery.model_dump(mode="json"),
+                "pseudo_labels_sha256": sha256(aside / "pseudo_labels.csv"),
             },
         )  # fmt: skip
 
@@ -71,6 +79,7 @@ def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> No
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     make_store(tmp_path / "store")
+    Workspace(tmp_path).id_key()
     make_discovery(tmp_path / "discovery" / "3d", DATA)
     return tmp_path
 
@@ -109,8 +118,12 @@ def test_a_run_is_written(workspace: Path, capsys: pytest.CaptureFixture[str]) -
     }  # fmt: skip
     assert record["spacing_mm"] == [2, 2, 2]
     assert record["trained"] == ["encoder", "decoder"]
-    assert record["cohort"] == {"patients": [f"p{i}" for i in range(7)], "volumes": [f"v{i}" for i in range(7)]}
-    assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == DATA
+    assert record["cohort"] == {
+        "key": Workspace(workspace).id_key_hash(),
+        "patients": [f"p{i}" for i in range(7)],
+        "volumes": [f"v{i}" for i in range(7)],
+    }
+    assert load_config(str(folder / "config.yaml")).data.model_dump(mode="json") == {**DATA, "resident": "auto"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["step"], row["split"]) for row in rows] == [(2, "train"), (2, "val"), (4, "train"), (4, "val")]
     assert {"mse", "input_mse", "mean_mse", "accuracy", "chance", "knn_accuracy"} <= set(rows[-1])
@@ -176,7 +189,23 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
     assert "data.patch_size is [64, 64, 32], but" in refused("--config", "semantic_genesis_3d")
 
 
+def test_resident_volumes_train_as_streamed_ones(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(workspace, "--steps", "4", "--run", "streamed")
+    assert "Patches stream from the store" in capsys.readouterr().out
+    train(workspace, "--steps", "4", "--run", "kept", "--set", "data.resident=0.5")
+    assert "Patches are cut on cpu: the 7 volumes take 0.000459 GB" in capsys.readouterr().out
+    runs = [(workspace / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("streamed", "kept")]
+    for streamed, kept in zip(*(run.splitlines() for run in runs), strict=True):
+        assert json.loads(kept)["loss"] == pytest.approx(json.loads(streamed)["loss"], rel=1e-4)
+
+
+def test_more_resident_data_than_memory(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genesis.data.resident._memory", lambda device: (10**6, 10**6))
+    assert "enough for 4; use data.resident=0.46." in refused("--set", "data.resident=0.3")
+
+
 def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
+    make_discovery(workspace / "discovery" / "3d", {**DATA, "spacing_mm": [2.0, 2.0, 2.0]})
     train(workspace, "--steps", "1", "--set", "data.patch_size=[16,16,16]")
 
 
@@ -193,12 +222,79 @@ def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
             "at least one of them larger",
         ),
         (["--run", "a/b"], "no slashes"),
+        (["--steps", "2", "--profile", "2"], "--profile 2: expected fewer steps than the run's 2."),
         (["--resume"], "--config and --set belong to a new run"),
         (["--set", "method.lambda_rec=0", "--set", "method.lambda_cls=0"], "nothing would be learned."),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], words: str, refused: Callable[..., str]) -> None:
     assert words in refused(*arguments)
+
+
+def test_resuming_loses_nothing(workspace: Path, refused: Callable[..., str]) -> None:
+    train(workspace, "--steps", "4", "--run", "whole")
+    assert "has 4 steps already" in refused("--resume", "--run", "whole", "--steps", "2", tiny=False)
+    assert "pass --dim 3d" in refused("--resume", "--run", "whole", "--dim", "2d", tiny=False)
+    checkpoints = workspace / "runs" / "whole" / "checkpoints"
+    last = (checkpoints / "last.pt").read_bytes()
+    (checkpoints / "last.pt").write_bytes(last[:1000])
+    record = (workspace / "runs" / "whole" / "run.json").read_bytes()
+    assert "is damaged" in refused("--resume", "--run", "whole", "--steps", "6", tiny=False)
+    assert (workspace / "runs" / "whole" / "run.json").read_bytes() == record
+    (checkpoints / "last.pt").unlink()
+    assert "cannot go on" in refused("--resume", "--run", "whole", tiny=False)
+
+
+def test_a_diverged_training_is_no_success(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(workspace, "--steps", "4", "--set", "train.optimizer.learning_rate=1e30")
+    assert stop.value.code == 2
+    assert "diverged: no validation" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "SECONDS", 0.0)
+    before = sorted(workspace.rglob("*"))
+    train(workspace, "--dry-run")
+    assert sorted(workspace.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "Measured on 5 steps of 4 patches; nothing was written."
+    assert [line.split()[0] for line in lines[3:]] == ["time", "memory", "disk"]
+
+
+def test_a_batch_that_cannot_fit_leaves_nothing(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, workspace: Path
+) -> None:
+    forward = SemanticGenesis.forward
+
+    def hungry(self: SemanticGenesis, batch: Batch) -> Output:
+        if len(batch["image"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch)
+
+    (workspace / "runs").mkdir()
+    monkeypatch.setattr(SemanticGenesis, "forward", hungry)
+    assert "4 patches at once do not fit into the memory of this machine, 2 do" in refused()
+    assert "divided among 1 processes with 3 parts each" in refused("--set", "train.accumulate=3")
+    train(workspace, "--steps", "1", "--set", "train.accumulate=2", "--set", "train.recompute_activations=true")
+
+
+@pytest.mark.slow
+def test_torchrun_equals_one_process(workspace: Path) -> None:
+    arguments = ["--workspace", str(workspace), "--device", "cpu", "--steps", "3", *ARGUMENTS]
+    arguments += ["--set", "train.optimizer.name=sgd", "--set", "train.accumulate=2"]
+    cli.main(["train", *arguments, "--run", "one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, "-m", "genesis.train", "--", "--run", "two", *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    one, two = (read_checkpoint(workspace / "runs" / name / "checkpoints" / "last.pt") for name in ("one", "two"))
+    assert all(torch.allclose(value, two["method"][name], atol=1e-5) for name, value in one["method"].items())
 
 
 def test_resuming_what_is_not_there(refused: Callable[..., str]) -> None:
@@ -211,6 +307,13 @@ def test_a_taken_name_and_a_changed_discovery(workspace: Path, refused: Callable
     assert "There is a run first" in refused("--run", "first")
     make_discovery(workspace / "discovery" / "3d", DATA, shift=2.0)
     assert "made anew since" in refused("--resume", "--run", "first", tiny=False)
+
+
+def test_a_patient_who_moved_to_the_test_split(workspace: Path, refused: Callable[..., str]) -> None:
+    """Labels that came after discovery may give a patient it has seen to the test split."""
+    volume = VolumeStore(workspace / "store")["v2"]
+    write_volume(workspace / "store", volume.read(), replace(volume.meta, split="test"))
+    assert "1 volumes have moved to another split" in refused("--steps", "2")
 
 
 def test_a_damaged_table(workspace: Path, refused: Callable[..., str]) -> None:

@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from launched import srun, torchrun, torchrun_of_two_nodes
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -20,6 +18,7 @@ from genesis.engine.launch import launch, worker_count
 from genesis.engine.method import Batch, Method, Output
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
+from genesis.engine.step import StepSettings
 from genesis.engine.trainer import FitResult, fit
 from genesis.errors import UserError
 from genesis.seeding import generator
@@ -80,6 +79,9 @@ def train(
     workers: int = 0,
     resume: bool = False,
     batch_size: int = 8,
+    settings: StepSettings = StepSettings(),  # noqa: B008
+    device: str = "cpu",
+    profile: int = 0,
 ) -> FitResult:
     return fit(
         method,
@@ -87,7 +89,9 @@ def train(
         validation=validation,
         folder=folder,
         seed=0,
-        device="cpu",
+        device=device,
+        settings=settings,
+        profile=profile,
         steps=steps,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -276,19 +280,44 @@ train(Path({folder!r}), Regression(), 12, validation=Points(5), validate_every=4
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [torchrun, torchrun_of_two_nodes, srun])
+def test_two_processes_equal_one(tmp_path: Path, start: Callable[..., list[tuple[int, str]]]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, Regression(), 12, validation=Points(5), validate_every=4)
     script = tmp_path / "script.py"
     script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(two)), encoding="utf-8")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    for code, said in start(str(script)):
+        assert code == 0, said
     first, second = (read_checkpoint(folder / "checkpoints" / "last.pt")["method"] for folder in (one, two))
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-5)
     for row, other in zip(read_metrics(one, "train"), read_metrics(two, "train"), strict=True):
         assert row == pytest.approx(other, abs=1e-5)
+
+
+ONE_FAILS = """
+import argparse
+from genesis import cli, prepare
+from genesis.engine.launch import launch
+from genesis.errors import UserError
+
+def run(options: argparse.Namespace) -> None:
+    fabric = launch("cpu")
+    if fabric.global_rank == 1:
+        raise UserError("This is wrong; mend it.")
+    fabric.barrier()
+
+prepare.run = run
+cli.main(["prepare"])
+"""
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_all_with_one_sentence(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ONE_FAILS, encoding="utf-8")
+    (first, said), (second, why) = srun(str(script))
+    assert (first, second) == (1, 2)
+    assert why.splitlines()[-1] == "genesis prepare: This is wrong; mend it."
+    assert "Traceback" not in said + why
+    assert "mend it" not in said

@@ -294,7 +294,6 @@ def test_a_generator_used_again_corrupts_differently() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu_without_waiting() -> None:
     x, streams = images(16, 2, 48, 40, 24), keys(16)
     cpu = Corruption()(x, BatchGenerator(streams))

@@ -99,7 +99,6 @@ def test_uniform_and_integers_keep_to_their_range() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_draws_the_same_bits() -> None:
     cpu, cuda = (BatchGenerator.from_seed(4, 3, device).split(2)[1] for device in ("cpu", "cuda"))
     assert torch.equal(cpu.bits(7, 11), cuda.bits(7, 11).cpu())

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from genesis.data.cluster import cluster, in_cluster
 from genesis.data.workers import in_processes
 
 
@@ -25,6 +26,21 @@ def test_a_task_that_kills_its_process_is_named_and_the_others_go_on() -> None:
 def test_exceptions_arrive() -> None:
     with pytest.raises(ValueError, match="0 is no good"):
         list(in_processes(fails, range(3), 2, lambda task: task))
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_dask_worker_is_named_and_the_others_go_on() -> None:
+    distributed = pytest.importorskip("distributed")
+    import dask
+
+    options = {"threads_per_worker": 1, "dashboard_address": None}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(n_workers=1, **options) as there,
+        cluster(there.scheduler_address) as client,
+    ):
+        found = in_cluster(three_dies, range(6), client, lambda task: -task)
+        assert list(found) == [0, 1, 4, -3, 16, 25]
 
 
 def test_one_worker_is_this_process() -> None:

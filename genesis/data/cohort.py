@@ -5,8 +5,10 @@ Who the patient of a case is, where no table or DICOM header tells, is worked ou
 """
 
 import csv
+import difflib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,12 +189,17 @@ def _table(path: Path) -> Iterator[Case]:
     except (OSError, UnicodeDecodeError, csv.Error):
         raise UserError(f"{path} cannot be read as a CSV in UTF-8.") from None
     if "image" not in columns:
-        raise UserError(f"{path} has no column `image` (there: {', '.join(columns) or 'nothing'}).")
+        hint = "; separate columns by commas, not semicolons" if any(";" in name for name in columns) else ""
+        raise UserError(f"{path} has no column `image` (there: {', '.join(columns) or 'nothing'}){hint}.")
+    for column in columns:
+        close = difflib.get_close_matches(column.lower(), COLUMNS, 1, cutoff=0.75)
+        if close and close[0] not in columns:
+            raise UserError(f"{path} has a column `{column}`; is `{close[0]}` meant? Correct or rename it.")
     seen: set[Path] = set()
     for number, row in enumerate(rows, 2):
         where = f"{path}, line {number}"
-        if not row["image"]:
-            raise UserError(f"{where}: the column `image` is empty.")
+        if not row["image"] or "\0" in "".join(row.values()):
+            raise UserError(f"{where}: the column `image` is empty, or the line holds a zero byte.")
         image = path.parent / row["image"]
         if image in seen:
             raise UserError(f"{where}: {row['image']} is listed twice.")
@@ -204,9 +211,9 @@ def _table(path: Path) -> Iterator[Case]:
         if modality not in ("", "ct", "mr", "xray"):
             raise UserError(f"{where}: modality {row['modality']!r} is none of ct, mr, xray.")
         label, target = row.get("label", ""), row.get("target", "")
-        if label.isdigit() and not target:  # a class, not a file
+        if label.isdecimal() and not target:  # a class, not a file
             label, target = "", label
-        if target and not target.isdigit():
+        if target and not (target.isdecimal() and int(target) < 2**31):
             raise UserError(f"{where}: target {target!r} is not a whole number from 0.")
         series = group_series(file for file in _walk(image) if not suffix(file)) if image.is_dir() else []
         yield Case(
@@ -233,8 +240,11 @@ def _dataset(path: Path) -> Cohort:
             lists = _nnunet_lists(path.parent, content["file_ending"])
         splits: dict[str, Split | None] = {"training": None, "validation": "val", "test": "test", "unlabelled": None}
         cases = [_entry(path.parent, entry, split) for key, split in splits.items() for entry in lists.get(key, ())]
+        often = Counter(case.path for case in cases)
+        if twice := [case for case in cases if often[case.path] > 1]:
+            raise UserError(f"{path} lists {twice[0].images[0].name} more than once; leave one.")
         return Cohort(tuple(cases), _label_names(content.get("labels") or {}), path, channels)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{path} is not a dataset.json of the Decathlon or nnU-Net: expected lists training (image, label), "
             "test, unlabelled, or file_ending with imagesTr and labelsTr beside it."
@@ -263,9 +273,13 @@ def _entry(folder: Path, entry: Any, split: Split | None) -> Case:
         name = next(iter(channel_groups(images)))[1]
     elif not first.exists():  # nnU-Net 1 lists CASE.nii.gz and means CASE_0000.nii.gz, CASE_0001.nii.gz, …
         images = tuple(sorted(first.parent.glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))) or images
-    label = folder / fields["label"] if fields.get("label") else None
+    label, target = folder / fields["label"] if fields.get("label") else None, fields.get("target")
+    if target is not None and not (type(target) is int and 0 <= target < 2**31):
+        raise UserError(f"{folder / 'dataset.json'}: target {target!r} of {first.name} is not a whole number from 0.")
+    if fields.get("split", "train") not in SPLITS:
+        raise UserError(f"{folder / 'dataset.json'}: split {fields['split']!r} is none of train, val, test.")
     patient, split = str(fields.get("patient_id") or ""), SPLITS[fields["split"]] if "split" in fields else split
-    return Case(images, name, patient, label, None, split, fields.get("target"))
+    return Case(images, name, patient, label, None, split, target)
 
 
 def _label_names(labels: dict[str, Any]) -> dict[int, str]:

@@ -76,7 +76,7 @@ def read_series(files: Sequence[Path]) -> Raw:
     check_size((*first.size, len(headers)), 1, None, compressed=True)
     slices = [headers[i].pixels() for i in order]
     array = np.stack(slices, axis=-1).transpose(1, 0, 2)[None]
-    return Raw(array, LPS_TO_RAS @ affine, first.patient, notes)
+    return Raw(array, LPS_TO_RAS @ affine, first.patient, first.text("0008|0060"), notes)
 
 
 def _stack(

@@ -45,11 +45,13 @@ class Raw:
 
     array: (C, x, y, z) physical values, C > 1 for time points, directions or channels alike.
     affine: 4×4, voxel → RAS mm.
+    device: DICOM's code of what made it, such as CT or CR; "" when the file does not say.
     """
 
     array: np.ndarray
     affine: np.ndarray
     patient: str | None = None
+    device: str = ""
     notes: tuple[str, ...] = ()
 
 

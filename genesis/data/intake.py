@@ -14,6 +14,10 @@ from .store import Box, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
+DEVICES = {  # DICOM's codes of what is surely one modality, or none of ours
+    "CT": "ct", "MR": "mr", "CR": "xray", "DX": "xray", "RG": "xray", "MG": "xray",
+    "US": "", "PT": "", "NM": "", "SEG": "", "RTDOSE": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ def take_in(task: Task) -> Outcome:
     case = task.case
     try:
         scan = read_scan(case.images, task.channels)
+        if scan.device in DEVICES and DEVICES[scan.device] != task.modality:
+            raise Quarantine(f"its DICOM header says {scan.device}, not {task.modality}")
         notes = scan.notes + _plausible(scan.array, task.modality)
     except Quarantine as fault:
         return Outcome(reason=str(fault))

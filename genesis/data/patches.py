@@ -6,12 +6,12 @@ a patch is a box; with two it is the axial slice at the height of its centre, fr
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,11 +31,18 @@ def window(raw: np.ndarray, meta: VolumeMeta, window_hu: tuple[float, float] | N
     The limits are the window for CT; for other modalities, or without a window, p0.5 and p99.5 of the foreground of
     each channel.
     """
-    limits = [window_hu] * len(raw) if window_hu and meta.modality == "ct" else meta.percentiles
-    low, high = torch.tensor(limits, dtype=torch.float32)[..., None, None, None].unbind(1)
-    scale, offset = (torch.tensor(values)[:, None, None, None] for values in (meta.scale, meta.offset))
+    gain, bias = (values[:, None, None, None] for values in window_line(meta, window_hu))
+    return torch.from_numpy(raw.astype(np.float32)).mul_(gain).add_(bias).clamp_(0, 1)
+
+
+def window_line(
+    meta: VolumeMeta, window_hu: tuple[float, float] | None
+) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """The line that `window` is before it clips: [0, 1] = stored integer × gain + bias, per channel."""
+    limits = [window_hu] * meta.shape[0] if window_hu and meta.modality == "ct" else meta.percentiles
+    low, high = torch.tensor(limits, dtype=torch.float32).unbind(1)
     span = (high - low).clamp(min=1e-12)  # a constant image is 0 or 1, not NaN
-    return torch.from_numpy(raw.astype(np.float32)).mul_(scale / span).add_((offset - low) / span).clamp_(0, 1)
+    return torch.tensor(meta.scale) / span, (torch.tensor(meta.offset) - low) / span
 
 
 def cut(
@@ -141,12 +148,25 @@ def shuffled(index: int, count: int, seed: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=generator(seed, "epoch", epoch))
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, "epoch", epoch)).numpy()
 
 
 @dataclass(frozen=True, eq=False)
-class _TablePatches(Dataset[Sample]):
+class Boxes:
+    """The places of B patches, and what goes with each.
+
+    `row` of the table, the sample's random `key`; centre (three numbers) and sides (as many as the patch has) in mm.
+    """
+
+    row: Int64[np.ndarray, " b"]
+    key: Int64[np.ndarray, " b"]
+    centre_mm: Float64[np.ndarray, "b 3"]
+    extent_mm: Float64[np.ndarray, "b dims"]
+
+
+@dataclass(frozen=True, eq=False)
+class TablePatches(Dataset[Sample]):
     """Patches of a table's rows, all of one size.
 
     `spacing_mm` is the voxel size of a patch, as many numbers as `patch_size`, or None for each volume's own.
@@ -172,55 +192,72 @@ class _TablePatches(Dataset[Sample]):
                 "make them anew with: python -m genesis.discover"
             )
 
-    def _item(self, row: int, key: int, scale: float = 1.0, shift: Sequence[float] = (0.0, 0.0)) -> Sample:
-        """The row's patch, its in-plane sides scaled and its centre shifted in plane, in shares of the exact sides."""
-        volume = self.store[str(self.table.volume[row])]
-        spacing = self.spacing_mm or volume.meta.spacing_mm
-        extent = [n * step for n, step in zip(self.patch_size, spacing, strict=False)]
-        centre = self.table.centre_mm[row].tolist()
-        for axis in (0, 1):
-            centre[axis] += shift[axis] * extent[axis]
-            extent[axis] *= scale
-        image, padding = cut_padded(volume, centre, extent, self.patch_size, self.window_hu)
+    def boxes(self, indices: Sequence[int]) -> Boxes:
+        """Where the samples with these indices lie; what is drawn for one depends on `seed` and its index alone."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        boxes = self.boxes([index])
+        volume = self.store[str(self.table.volume[boxes.row[0]])]
+        image, padding = cut_padded(
+            volume, boxes.centre_mm[0].tolist(), boxes.extent_mm[0].tolist(), self.patch_size, self.window_hu
+        )
         return {
             "image": image,
-            "label": torch.tensor(int(self.table.class_[row])),
-            "key": torch.tensor(key),
+            "label": torch.tensor(int(self.table.class_[boxes.row[0]])),
+            "key": torch.tensor(int(boxes.key[0])),
             "padding": torch.tensor(padding),
         }
 
+    def _boxes(self, row: list[int], key: list[int]) -> Boxes:
+        """The exact places of rows."""
+        return Boxes(np.array(row), np.array(key), self._centre_mm[row], self._extent_mm[row])
+
+    @cached_property
+    def _centre_mm(self) -> np.ndarray:
+        return self.table.centre_mm
+
+    @cached_property
+    def _extent_mm(self) -> np.ndarray:
+        """(rows, dims): sides of the exact crops."""
+        volumes, number = np.unique(self.table.volume, return_inverse=True)
+        dims = len(self.patch_size)
+        spacing = np.array([self.spacing_mm or self.store[str(volume)].meta.spacing_mm[:dims] for volume in volumes])
+        return np.array(self.patch_size) * spacing[number]
+
 
 @dataclass(frozen=True, eq=False)
-class PseudoLabelPatches(_TablePatches):
+class PseudoLabelPatches(TablePatches):
     """Training patches by global sample index, which has no end: every epoch is a permutation of the table's rows.
 
     With `multi_resolution` (METHODS 1.4) a third of the samples are the exact crop; of the others the in-plane side is
-    uniform in 50..79 and the shift of the centre, along x and y, in -10..9, in 64ths of the exact side. What is drawn
-    depends on `seed` and index alone.
+    uniform in 50..79 and the shift of the centre, along x and y, in -10..9, in 64ths of the exact side.
     """
 
     _: KW_ONLY
     multi_resolution: bool
 
-    def __getitem__(self, index: int) -> Sample:
-        row = shuffled(index, len(self.table), self.seed)
-        sample_key = key(self.seed, "sample", index)
-        source = generator(self.seed, "crop", index)
-        if not self.multi_resolution or torch.randint(3, (), generator=source) == 0:
-            return self._item(row, sample_key)
-        side = torch.randint(50, 80, (), generator=source) / 64
-        shift = torch.randint(-10, 10, (2,), generator=source) / 64
-        return self._item(row, sample_key, float(side), shift.tolist())
+    def boxes(self, indices: Sequence[int]) -> Boxes:
+        rows = [shuffled(index, len(self.table), self.seed) for index in indices]
+        boxes = self._boxes(rows, [key(self.seed, "sample", index) for index in indices])
+        if self.multi_resolution:
+            # The digits of one hashed number: a generator per sample would take longer than everything else here.
+            drawn = np.array([key(self.seed, "crop", index) for index in indices]) % (3 * 30 * 20 * 20)
+            kind, side, *shift = np.unravel_index(drawn, (3, 30, 20, 20))
+            exact = (kind == 0)[:, None]
+            boxes.centre_mm[:, :2] += np.where(exact, 0, (np.stack(shift, 1) - 10) / 64) * boxes.extent_mm[:, :2]
+            boxes.extent_mm[:, :2] *= np.where(exact, 1, (side[:, None] + 50) / 64)
+        return boxes
 
 
-class ValidationPatches(_TablePatches):
+class ValidationPatches(TablePatches):
     """The exact crops of the table's rows, the same on every pass."""
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._item(index, key(self.seed, "validation", index))
+    def boxes(self, indices: Sequence[int]) -> Boxes:
+        return self._boxes(list(indices), [key(self.seed, "validation", index) for index in indices])
 
 
 class WholeVolumes(Dataset[Sample]):

@@ -37,6 +37,7 @@ class Scan:
     source_shape: tuple[int, int, int]
     source_affine: np.ndarray
     patient: str | None
+    device: str  # DICOM's code of what made it, such as CT or CR; "" when the file does not say
     notes: tuple[str, ...]
 
 
@@ -109,7 +110,7 @@ def _read(path: Path | Sequence[Path], channels: str | int | None) -> Raw:
             if other.array.shape != raw.array.shape or not np.allclose(other.affine, raw.affine, atol=1e-2):
                 raise Quarantine("the channels of the case do not lie on one grid")
         notes = tuple(dict.fromkeys(note for other in raws for note in other.notes))
-        return Raw(np.concatenate([other.array for other in raws]), raw.affine, raw.patient, notes)
+        return Raw(np.concatenate([other.array for other in raws]), raw.affine, raw.patient, raw.device, notes)
     count = len(raw.array)
     if count == 1 or channels == "all":
         return raw
@@ -120,7 +121,7 @@ def _read(path: Path | Sequence[Path], channels: str | int | None) -> Raw:
         )
     if not isinstance(channels, int) or not 0 <= channels < count:
         raise Quarantine(f"channel {channels} was asked for; the file has {count}, counted from 0")
-    return Raw(raw.array[channels : channels + 1], raw.affine, raw.patient, raw.notes)
+    return Raw(raw.array[channels : channels + 1], raw.affine, raw.patient, raw.device, raw.notes)
 
 
 def _files(path: Path | Sequence[Path]) -> list[Path]:
@@ -159,7 +160,7 @@ def _oriented(raw: Raw) -> Scan:
         target[...] = channel
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     x, y, z = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.notes)
+    return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.device, raw.notes)
 
 
 def _fill_non_finite(array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

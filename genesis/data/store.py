@@ -93,6 +93,15 @@ class Volume:
         return self._labels[box or (slice(None),) * 3]
 
 
+def read_audit(store: Path) -> dict[str, Any]:
+    """The store's audit.json; empty if there is none. Raises `UserError` when it is damaged."""
+    path = store / "audit.json"
+    audit = read_json(path) if path.is_file() else {}
+    if not isinstance(audit, dict) or not isinstance(audit.get("label_names", {}), dict):
+        raise UserError(f"{path} is damaged; delete it and run the same prepare or discover --data again.")
+    return audit
+
+
 class VolumeStore:
     """The volumes of a folder. Raises `UserError` when there are none."""
 
@@ -104,7 +113,7 @@ class VolumeStore:
         self._volumes: dict[str, Volume] = {}
         if not self._descriptions:
             raise UserError(f"{folder} holds no volumes; make them with: python -m genesis.prepare --data SCANS")
-        audit = read_json(folder / "audit.json") if (folder / "audit.json").is_file() else {}
+        audit = read_audit(folder)
         self.label_names: dict[int, str] = {int(value): name for value, name in audit.get("label_names", {}).items()}
         self.sample: bool = audit.get("sample", False)
 

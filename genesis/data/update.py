@@ -2,22 +2,29 @@
 
 import hashlib
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..progress import progress
 from .case_map import CaseMap, Row
+from .cluster import in_cluster
 from .cohort import Case, Split, splits_of
 from .formats import PICTURE, suffix
 from .intake import Outcome, Task, hashed, take_in
 from .store import INCOMING, Modality, Volume, VolumeMeta, move_volume, remove_volume, write_volume
 from .workers import available_cores, in_processes
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 READER = 1  # to be raised when the same files would be stored differently
 INLINE = 4  # so few scans are read sooner than processes start
+REMEMBER_EVERY = 5.0  # seconds
 CRASHED = "reading it crashed the reader: damaged, or too large for the memory of this machine"
 DUPLICATE = "the same voxels as another scan of the store"
 
@@ -39,36 +46,50 @@ class Reading:
 
 
 def update_store(
-    store: Path, data: Path, cases: Sequence[Case], case_map: CaseMap, reading: Reading, workers: int | None
+    store: Path,
+    data: Path,
+    cases: Sequence[Case],
+    kept: Sequence[Row],
+    case_map: CaseMap,
+    reading: Reading,
+    workers: "int | Client | None",
 ) -> list[VolumeMeta]:
     """Read the new and changed ones of `cases`, all from `data`, into the store; return what it then holds.
 
-    Rows of the case map that are none of `cases` stay, and so do their volumes; volumes without a row are removed.
-    When it is interrupted, what was read is kept, and the next call goes on.
+    `workers` is the number of processes of this machine (None: one per core), or a Dask cluster.
+    Of the other rows of the case map `kept` stay, and so do their volumes; volumes without a row are removed. Where
+    none of `cases` can be used, the store stays as it was, and nothing is returned. When it is interrupted, what was
+    read is kept, and the next call goes on.
     """
-    rows = case_map.rows
+    before = case_map.rows
+    rows = {row.path: row for row in kept}
     found = {case.path: case for case in cases}
     prints = {path: _fingerprint(case, reading) for path, case in found.items()}
     there = _intact(store)
     settled = {
         path: replace(row, data=str(data.absolute()))
-        for path, row in rows.items()
+        for path, row in before.items()
         if row.fingerprint == prints.get(path) and (row.reason or row.id in there)
     }
-    splits = splits_of([*cases, *(row for path, row in rows.items() if path not in found)])
+    splits = splits_of([*cases, *kept])
     todo = sorted(
         found.keys() - settled.keys(), key=lambda path: (not found[path].labelled, path)
     )  # of twins, the first
+    place = (store / INCOMING).absolute()
     tasks = [
-        Task(case, reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
-        for case, folder in ((found[path], store / INCOMING / str(number)) for number, path in enumerate(todo))
+        Task(_anywhere(case), reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
+        for case, folder in ((found[path], place / str(number)) for number, path in enumerate(todo))
     ]
     shutil.rmtree(store / INCOMING, ignore_errors=True)
     (store / INCOMING).mkdir(parents=True)
-    case_map.rows = rows = {path: row for path, row in rows.items() if path not in found} | settled
+    case_map.rows = rows = rows | settled
     taken = {row.id for row in rows.values() if not row.reason}
-    processes = 1 if len(tasks) <= INLINE else workers or available_cores()
-    results = in_processes(take_in, tasks, processes, lambda _: Outcome(reason=CRASHED))
+    if workers is None or isinstance(workers, int):
+        processes = 1 if len(tasks) <= INLINE else workers or available_cores()
+        results = in_processes(take_in, tasks, processes, _crashed)
+    else:
+        results = in_cluster(take_in, tasks, workers, _crashed)
+    written = 0.0
     try:
         with progress("reading", len(tasks), "scans") as bar:
             for path, task, outcome in zip(todo, tasks, results, strict=True):
@@ -80,8 +101,17 @@ def update_store(
                     taken.add(outcome.volume)
                 rows[path] = row
                 bar.advance()
+                if time.monotonic() > written + REMEMBER_EVERY:  # should the process be killed
+                    case_map.write()
+                    written = time.monotonic()
     finally:
         case_map.write()
+    if all(rows[path].reason for path in found):
+        case_map.rows = before
+        case_map.write()
+        case_map.rows = rows
+        shutil.rmtree(store / INCOMING)
+        return []
     metas = {row.id: Volume(_file(store, row.id)).meta for row in rows.values() if not row.reason}
     _unify(case_map, metas, reading.key)
     _restamp(store, case_map, metas, splits)
@@ -91,6 +121,17 @@ def update_store(
     case_map.write()
     shutil.rmtree(store / INCOMING)
     return [metas[volume] for volume in sorted(metas)]
+
+
+def _anywhere(case: Case) -> Case:
+    """The case for a process with another working directory."""
+    return replace(
+        case, images=tuple(file.absolute() for file in case.images), label=case.label and case.label.absolute()
+    )
+
+
+def _crashed(_: Task) -> Outcome:
+    return Outcome(reason=CRASHED)
 
 
 def _file(store: Path, volume: str) -> Path:

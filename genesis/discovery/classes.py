@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,24 @@ class Neighbour:
     split: str
 
 
+class Pair(NamedTuple):
+    """A reference and a volume in which anchors of it are looked for."""
+
+    reference: str
+    volume: str
+    members: tuple[tuple[int, Neighbour], ...]  # numbers of the anchors
+
+
+class Match(NamedTuple):
+    """Where an anchor was found."""
+
+    number: int  # of the anchor
+    reference: str
+    neighbour: Neighbour
+    centre_mm: tuple[float, ...]
+    score: float  # in [-1, 1]; of the reference itself 1
+
+
 @dataclass(frozen=True)
 class Classes:
     """The table, and how well the matches behind it scored."""
@@ -42,51 +60,71 @@ class Classes:
         return {"count": len(self.scores), "dropped": share, "p10": low, "median": median, "p90": high}
 
 
-def make_classes(
-    store: VolumeStore,
-    anchors: Sequence[Anchor],
-    neighbours: Mapping[int, Sequence[Neighbour]],
-    *,
-    space: Space,
-    min_score: float,
-    patch_size: Sequence[int],
-    spacing_mm: Sequence[float] | None,
-    step_mm: float,
-    advance: Callable[[], None],
-) -> Classes:
-    """The table of pseudo-labels: class c is `anchors[c]` in each of `neighbours[c]`.
+def pairs_of(anchors: Sequence[Anchor], neighbours: Mapping[int, Sequence[Neighbour]]) -> list[Pair]:
+    """Every pair of a reference and a volume in which some of its anchors are looked for: those of `neighbours[c]`.
 
-    A place whose match scores below `min_score` is dropped, and a class that nothing is left of but its reference; the
-    others are numbered anew. Pairs of reference and neighbour are visited once, with all their anchors; `advance` is
-    called after each pair. Raises `UserError` when no class is left.
+    In the order of the volumes, so that each is read once.
     """
-    pairs: defaultdict[tuple[str, str], list[tuple[int, Neighbour]]] = defaultdict(list)
+    members: defaultdict[tuple[str, str], list[tuple[int, Neighbour]]] = defaultdict(list)
     for number, found in neighbours.items():
         for neighbour in found:
-            pairs[anchors[number].reference, neighbour.volume].append((number, neighbour))
-    rows: list[dict[str, Any]] = []
-    scores: list[float] = []
-    dropped = 0
-    for (reference, volume), members in sorted(pairs.items(), key=lambda pair: pair[0][1]):  # each is read once
+            members[anchors[number].reference, neighbour.volume].append((number, neighbour))
+    pairs = [Pair(reference, volume, tuple(found)) for (reference, volume), found in members.items()]
+    return sorted(pairs, key=lambda pair: pair.volume)
+
+
+def match(
+    store: VolumeStore,
+    anchors: Sequence[Anchor],
+    pairs: Sequence[Pair],
+    *,
+    space: Space,
+    step_mm: float,
+    advance: Callable[[], None],
+) -> list[Match]:
+    """Carry the anchors of each pair into its volume, one pair independently of the others."""
+    found: list[Match] = []
+    for reference, volume, members in pairs:
         points = torch.tensor([anchors[number].centre_mm for number, _ in members])
         if volume == reference:
             places, score = points, torch.ones(len(points))
         else:
             places, score = carry(points, store[reference], store[volume], space=space, step_mm=step_mm)
-            scores += score.tolist()
-        meta = store[volume].meta
-        for (number, neighbour), centre, value in zip(members, places.tolist(), score.tolist(), strict=True):
-            if value < min_score:
-                dropped += 1
-                continue
-            box = _stored_box(centre, patch_size, spacing_mm or meta.spacing_mm, meta.spacing_mm)
-            rows.append(
-                {"class_": number, "reference": reference, "volume": volume, "patient": meta.patient,
-                 "rank": neighbour.rank, "distance": round(neighbour.distance, 6), "split": neighbour.split}
-                | box
-                | {f"c{axis}_mm": round(value, 3) for axis, value in zip("xyz", centre, strict=True)}
-            )  # fmt: skip
+        found += [
+            Match(number, reference, neighbour, tuple(centre), value)
+            for (number, neighbour), centre, value in zip(members, places.tolist(), score.tolist(), strict=True)
+        ]
         advance()
+    return found
+
+
+def make_classes(
+    store: VolumeStore,
+    matches: Sequence[Match],
+    *,
+    min_score: float,
+    patch_size: Sequence[int],
+    spacing_mm: Sequence[float] | None,
+) -> Classes:
+    """The table of pseudo-labels: class c is the places of anchor c.
+
+    A place whose match scores below `min_score` is dropped, and a class that nothing is left of but its reference; the
+    others are numbered anew. Raises `UserError` when no class is left.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, reference, neighbour, centre, score in matches:
+        if score < min_score:
+            continue
+        meta = store[neighbour.volume].meta
+        box = _stored_box(centre, patch_size, spacing_mm or meta.spacing_mm, meta.spacing_mm)
+        rows.append(
+            {"class_": number, "reference": reference, "volume": neighbour.volume, "patient": meta.patient,
+             "rank": neighbour.rank, "distance": round(neighbour.distance, 6), "split": neighbour.split}
+            | box
+            | {f"c{axis}_mm": round(value, 3) for axis, value in zip("xyz", centre, strict=True)}
+        )  # fmt: skip
+    dropped = len(matches) - len(rows)
+    scores = [match.score for match in matches if match.neighbour.volume != match.reference]
     members_of = Counter(row["class_"] for row in rows if row["split"] == "train")
     number_of = {old: new for new, old in enumerate(sorted(old for old, count in members_of.items() if count > 1))}
     if not number_of:

@@ -18,14 +18,8 @@ from ..models import Autoencoder
 class Shrunken(Dataset[Sample]):
     """Whole volumes, or slices, resized once into a memory-mapped file (float16), not anew at every step."""
 
-    def __init__(self, volumes: WholeVolumes, file: Path, advance: Callable[[], None]) -> None:
-        self.file, self.positions = file, volumes.positions
-        first = volumes[0]["image"]
-        images = np.lib.format.open_memmap(file, "w+", np.float16, (len(volumes), *first.shape))
-        for index in range(len(volumes)):
-            images[index] = volumes[index]["image"].numpy()
-            advance()
-        images.flush()
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def __len__(self) -> int:
         return len(np.load(self.file, mmap_mode="r"))
@@ -33,6 +27,17 @@ class Shrunken(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image = np.load(self.file, mmap_mode="r")[index].astype(np.float32)
         return {"image": torch.from_numpy(image), "key": torch.tensor(index)}
+
+
+def shrink(volumes: WholeVolumes, file: Path, advance: Callable[[], None]) -> Shrunken:
+    """Resize volumes or slices, at least one, into a file; `advance` is called after each."""
+    first = volumes[0]["image"]
+    images = np.lib.format.open_memmap(file, "w+", np.float16, (len(volumes), *first.shape))
+    for index in range(len(volumes)):
+        images[index] = volumes[index]["image"].numpy()
+        advance()
+    images.flush()
+    return Shrunken(file)
 
 
 class Reconstruction(Method):
@@ -51,15 +56,15 @@ class Reconstruction(Method):
 
 @torch.no_grad()
 def encode(
-    autoencoder: Autoencoder, volumes: Shrunken, device: torch.device, batch_size: int
-) -> Float[np.ndarray, "volumes positions latent"]:
-    """Latents of every volume, float32; in 2D of the slices at each of its positions, in 3D of the whole."""
+    autoencoder: Autoencoder, images: Shrunken, device: torch.device, batch_size: int
+) -> Float[np.ndarray, "images latent"]:
+    """Latents of whole volumes or slices, float32."""
     autoencoder.eval()
     latents = [
         autoencoder.encode(batch["image"].to(device)).float().cpu()
-        for batch in DataLoader(volumes, batch_size=batch_size)
+        for batch in DataLoader(images, batch_size=batch_size)
     ]
-    return torch.cat(latents).unflatten(0, (-1, len(volumes.positions))).numpy()
+    return torch.cat(latents).numpy()
 
 
 def effective_rank(latents: Float[Tensor, "n latent"]) -> float:

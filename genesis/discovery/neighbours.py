@@ -10,17 +10,25 @@ from torch import Tensor
 
 CHUNK = 4096  # latents looked at at a time: few enough to stay in the processor's cache
 
+Found = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]  # rows and as many distances
+
 
 def nearest_patients(
-    reference: int, latents: Float[np.ndarray, "n latent"], patients: Sequence[str], among: Sequence[int], count: int
-) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    reference: int,
+    latents: Float[np.ndarray, "n latent"],
+    patients: Sequence[str],
+    among: Sequence[int],
+    count: int,
+    query: Float[np.ndarray, " latent"] | None = None,
+) -> Found:
     """Rows of the volumes nearest to the volume in row `reference`, and their L2 distances, nearest first.
 
     Only the rows `among` are candidates, and of each patient only the nearest volume, so k ≤ `count`. The reference,
-    where it is a candidate, comes first with distance 0. Where `among` is a range, memory-mapped latents are read once
-    and never copied.
+    where it is a candidate, comes first with distance 0. `query` is its latent where `latents`, a share of
+    all, lack it; then no row of them has its number. Where `among` is a range, memory-mapped latents are read once and
+    never copied.
     """
-    distances = _distances(latents, among, latents[reference])
+    distances = _distances(latents, among, latents[reference] if query is None else query)
     if reference in among:
         distances[among.index(reference)] = -1  # before any twin
     rows, taken = np.zeros(0, np.int64), min(count, len(among))
@@ -33,7 +41,16 @@ def nearest_patients(
             chosen = np.sort(first)[:count]
             return rows[chosen], distances[near[chosen]].clip(min=0)
         taken = min(2 * taken, len(among))  # several volumes of some patients: look further
-    return rows, distances
+    return rows, distances[:0]
+
+
+def merge(parts: Sequence[Found], reference: int, patients: Sequence[str], count: int) -> Found:
+    """`nearest_patients` in the whole from those in its contiguous shares, in order, with their rows in the whole."""
+    rows, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.lexsort((rows != reference, distances))
+    _, first = np.unique([patients[row] for row in rows[order]], return_index=True)
+    chosen = order[np.sort(first)[:count]]
+    return rows[chosen], distances[chosen]
 
 
 def _distances(

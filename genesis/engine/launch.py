@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def launch(device: str) -> "Fabric":
     """Fabric on "cpu", "cuda" or "auto" (CUDA where there is one), launched.
 
-    One process on one device, unless torchrun or srun started several. Raises `UserError` when there is no such device.
+    One process on one device, unless torchrun or srun started several. Raises `UserError` when there is no such device,
+    or when SLURM's options do not fit.
     """
     from lightning.fabric import Fabric  # takes seconds to import
 
@@ -23,7 +24,10 @@ def launch(device: str) -> "Fabric":
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
     devices, nodes = _processes()
-    fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes)
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes)
+    except RuntimeError as error:  # --ntasks without --ntasks-per-node
+        raise UserError(f"SLURM did not start the processes as they are needed: {error}") from None
     fabric.launch()
     return fabric
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..files import write_aside
 
 
@@ -83,5 +84,9 @@ def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if not line.endswith("\n"):
                 break
-            rows.append((json.loads(line), line))
+            try:
+                row = json.loads(line)
+                rows.append(({**row, "step": int(row["step"]), "split": str(row["split"])}, line))
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{path}, line {len(rows) + 1} is damaged; delete the line to go on.") from None
     return rows

@@ -28,15 +28,18 @@ class OptimizerSettings:
     gamma: float | None = None
     clip_norm: float | None = None
 
-    def build(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
-        """An optimizer for a method's parameter groups; a group may have its own "lr" and "weight_decay"."""
+    def build(self, groups: Sequence[dict[str, Any]], *, fused: bool = False) -> Optimizer:
+        """An optimizer for a method's parameter groups; a group may have its own "lr" and "weight_decay".
+
+        fused: one kernel for all parameters.
+        """
         defaults = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         groups = [{**defaults, **group} for group in groups]
         for group in groups:
             group["full_lr"] = group["lr"]
         if self.name == "sgd":
-            return torch.optim.SGD(groups, momentum=0.9)
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.name](groups)
+            return torch.optim.SGD(groups, momentum=0.9, fused=fused)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.name](groups, fused=fused)
 
     def set_rate(self, optimizer: Optimizer, step: int, steps: int) -> None:
         """Set the learning rate of one step (0, 1, …) of a training of `steps`."""

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
@@ -11,18 +11,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..errors import UserError
 from ..progress import progress
 from ..seeding import key
+from .batches import DataWait, training_batches, validation_batches
 from .checkpoint import read_checkpoint, write_checkpoint
-from .launch import launch, worker_count
-from .method import Method
+from .launch import launch
+from .method import Batch, Method
 from .monitor import Monitor, RunningMean
 from .optimizer import OptimizerSettings
+from .profiling import profiled
+from .step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -42,22 +43,23 @@ class FitResult:
 
 def fit(
     method: Method,
-    train: Dataset[dict[str, Tensor]],
+    train: Dataset[Batch],
     *,
-    validation: Dataset[dict[str, Tensor]] | None,
+    validation: Dataset[Batch] | None,
     folder: Path,
     seed: int,
     device: str,
     steps: int,
     batch_size: int,
     optimizer: OptimizerSettings,
+    settings: StepSettings = StepSettings(),  # noqa: B008  it is frozen
     title: str,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
     validate_every: int,
     validation_batch_size: int | None = None,
     patience: int | None = None,
     workers: int | Literal["auto"] = "auto",
     resume: bool = False,
+    profile: int = 0,
 ) -> FitResult:
     """Train `method` in place for `steps` steps; afterwards it has the weights of the last step.
 
@@ -73,21 +75,20 @@ def fit(
             `metrics.jsonl` and `tensorboard/`. `read_checkpoint(…)["method"]` is the method's state dict.
         device: "cpu", "cuda" or "auto".
         batch_size: samples per step, over all processes.
+        settings: precision, compilation, and parts of a batch.
         title: of the progress display.
-        precision: "bf16" is autocast; "auto" takes it on CUDA.
         patience: validations without a lower loss after which training stops; None: never.
         workers: data loading processes.
         resume: go on from `last.pt` if there is one; otherwise what an earlier training left in `folder` is replaced.
+        profile: steps of which `folder/trace.json` is to tell where their time went.
 
-    Raises `UserError` when the batch cannot be divided among the processes or a checkpoint is damaged. Ctrl-C raises
-    KeyboardInterrupt after the step at hand, with `last.pt` written.
+    Raises `UserError` when the batch cannot be divided among the processes, does not fit into memory (the checkpoints
+    stay as they were), or a checkpoint is damaged. Ctrl-C raises KeyboardInterrupt after the step at hand, with
+    `last.pt` written.
     """
     fabric = launch(device)
-    if batch_size % fabric.world_size:
-        raise UserError(f"A batch of {batch_size} cannot be divided among {fabric.world_size} processes.")
-    bf16 = precision == "bf16" or (precision == "auto" and fabric.device.type == "cuda")
-    autocast = torch.autocast(fabric.device.type, torch.bfloat16, enabled=bf16)
-    model, optim = fabric.setup(method, optimizer.build(method.param_groups()))
+    take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
+    optim = take_step.optimizer
     method.train()
 
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
@@ -100,45 +101,42 @@ def fit(
     if state.step >= steps or state.has_stalled(patience):
         return state.result()
 
-    share, processes = batch_size // fabric.world_size, worker_count(workers)
-    starts = range(state.step * batch_size + fabric.global_rank * share, steps * batch_size, batch_size)
-    batches = _loader(train, fabric, processes, batch_sampler=[range(start, start + share) for start in starts])
+    to_come = range(state.step, steps)
+    batches = training_batches(train, fabric, steps=to_come, batch_size=batch_size, workers=workers)
     held_out = None
     if validation is not None:
-        held_out = _loader(validation, fabric, processes, batch_size=validation_batch_size or share)
+        size = validation_batch_size or batch_size // fabric.world_size
+        held_out = validation_batches(validation, fabric, batch_size=size, workers=workers)
 
+    waiting = DataWait(fabric.device)
     with (
         Monitor(folder, state.step, active=fabric.is_global_zero) as monitor,
         progress(title, steps, "steps", state.step, shown=fabric.is_global_zero) as bar,
+        profiled(folder / "trace.json", profile if fabric.is_global_zero else 0, len(to_come)) as step_is_over,
         _interrupt_between_steps() as interrupted,
     ):
-        shown: dict[str, float] = {}
-        for batch in batches:
-            torch.manual_seed(key(seed, "step", state.step, fabric.global_rank))
-            optimizer.set_rate(optim, state.step, steps)
-            with autocast:
-                output = model(fabric.to_device(batch))
-            loss = torch.stack(list(output.losses.values())).sum()
-            fabric.backward(loss)
-            method.before_optimizer_step(state.step)
-            if optimizer.clip_norm is not None:
-                fabric.clip_gradients(model, optim, max_norm=optimizer.clip_norm)
-            optim.step()
-            optim.zero_grad()
-            method.after_optimizer_step(state.step)
+        shown: dict[str, float | str] = {}
+        for batch in waiting.watch(batches):
+            for terms in take_step(batch, state.step):
+                state.recent.add(terms)
             state.step += 1
-            state.recent.add({"loss": loss, **output.losses, **output.metrics})
+            step_is_over()
 
             validating = state.step % validate_every == 0 or state.step == steps
             if validating or state.step % LOG_EVERY == 0:
                 figures = dict(zip(state.recent.names, fabric.all_reduce(state.recent.mean()).tolist(), strict=True))
+                seconds, waited = waiting.read()
                 state.recent = RunningMean()
                 monitor.write(state.step, "train", {**figures, "learning_rate": optim.param_groups[0]["lr"]})
-                shown["loss"] = figures["loss"]
+                shown |= {
+                    "patches/s": batch_size / seconds,
+                    "data wait": f"{waited:.0%}",
+                    "loss": figures["loss"],
+                }
             if validating:
                 if held_out is not None:
-                    with autocast:
-                        figures = _validate(method, held_out, fabric, seed)
+                    with take_step.autocast():
+                        figures = validate(method, held_out, fabric, seed)
                     monitor.write(state.step, "val", figures)
                     shown["val_loss"] = figures["loss"]
                 if state.is_best(figures, judged=held_out is not None) and fabric.is_global_zero:
@@ -153,6 +151,18 @@ def fit(
             if state.has_stalled(patience):
                 break
     return state.result()
+
+
+def validate(method: Method, batches: Iterable[Batch], fabric: "Fabric", seed: int) -> dict[str, float]:
+    """The method's figures of held-out data, from the first process for all."""
+    figures: dict[str, float] = {}
+    if fabric.is_global_zero:
+        torch.manual_seed(key(seed, "validation"))
+        method.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # batches are of any size here
+            figures = method.validate(fabric.to_device(batch) for batch in batches)
+        method.train()
+    return fabric.broadcast(figures)
 
 
 @dataclass
@@ -186,36 +196,12 @@ def _restore(path: Path, method: Method, optimizer: Optimizer) -> _State:
     saved = read_checkpoint(path)
     method.load_state_dict(saved["method"])
     optimizer.load_state_dict(saved["optimizer"])
+    for weight, values in optimizer.state.items():  # in memory as the weight lies, which may be otherwise here
+        for name, value in values.items():
+            if value.shape == weight.shape:
+                values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     plain = {name: saved[name] for name in ("step", "best_step", "best_loss", "metrics", "fruitless")}
     return _State(**plain, recent=RunningMean(**saved["recent"]))
-
-
-def _validate(method: Method, batches: DataLoader, fabric: "Fabric", seed: int) -> dict[str, float]:
-    """The method's figures of held-out data, from the first process for all."""
-    figures: dict[str, float] = {}
-    if fabric.is_global_zero:
-        torch.manual_seed(key(seed, "validation"))
-        method.eval()
-        with torch.no_grad():
-            figures = method.validate(fabric.to_device(batch) for batch in batches)
-        method.train()
-    return fabric.broadcast(figures)
-
-
-def _loader(dataset: Dataset, fabric: "Fabric", processes: int, **how: object) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=processes,
-        persistent_workers=processes > 0,
-        pin_memory=fabric.device.type == "cuda",
-        worker_init_fn=_ignore_interrupt,
-        **how,  # type: ignore[arg-type]
-    )
-
-
-def _ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; without its workers the step at hand would have no data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -8,10 +8,8 @@ Every trained model is a folder ARM/N-labels/seed-S/lr-R of the run; a finished 
 repeated, an interrupted one goes on.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from sys import float_info
 
@@ -19,28 +17,19 @@ import numpy as np
 import torch
 
 from ..config import FinetuneConfig
-from ..data.store import VolumeMeta
 from ..engine.checkpoint import read_checkpoint
 from ..engine.method import Method
 from ..engine.optimizer import OptimizerSettings
 from ..engine.trainer import fit
 from ..files import read_json, write_aside, write_json
 from ..models import Backbone, build_described
-from ..seeding import generator, key
+from ..seeding import key
 from ..weights import Card, CohortCard, TaskCard, load_into, write_package
+from .cases import Splits, choose
 from .comparison import Score
 from .tasks import Task
 
 PRETRAINED, SCRATCH = "pretrained", "scratch"
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Labelled cases by patient."""
-
-    train: tuple[VolumeMeta, ...]
-    validation: tuple[VolumeMeta, ...]
-    test: tuple[VolumeMeta, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,7 @@ class Experiment:
     in_channels: int
     settings: FinetuneConfig
     device: torch.device
+    id_key_hash: str
 
     def run(self, arms: Sequence[str], counts: Sequence[int], seeds: Sequence[int]) -> list[Score]:
         """Train and test every arm at every number of labelled cases with every seed."""
@@ -76,8 +66,14 @@ class Experiment:
     def write_model(self, folder: Path, score: Score) -> None:
         """The weights package of one trained model, for `predict`."""
         backbone, method = self._trained(score.arm, score.labels, score.seed, score.learning_rate)
-        seen = (*self.splits.train, *self.splits.validation)
         cohort = self.card.pretraining.cohort
+        if cohort.key in (None, self.id_key_hash):  # hashes of two keys in one list could not be told apart
+            seen = (*self.splits.train, *self.splits.validation)
+            cohort = CohortCard(
+                key=self.id_key_hash,
+                patients=tuple(sorted({*cohort.patients, *(meta.patient for meta in seen)})),
+                volumes=tuple(sorted({*cohort.volumes, *(meta.volume for meta in seen)})),
+            )
         write_package(
             folder,
             backbone,
@@ -89,14 +85,7 @@ class Experiment:
                     "patch_size": self.task.patch_size,
                 }
             ),
-            pretraining=self.card.pretraining.model_copy(
-                update={
-                    "cohort": CohortCard(
-                        patients=tuple(sorted({*cohort.patients, *(meta.patient for meta in seen)})),
-                        volumes=tuple(sorted({*cohort.volumes, *(meta.volume for meta in seen)})),
-                    )
-                }
-            ),
+            pretraining=self.card.pretraining.model_copy(update={"cohort": cohort}),
             trained=self.task.trained,
             task=TaskCard(type=self.task.kind, labels=self.task.outputs),
             head=self.task.head(method),
@@ -107,9 +96,6 @@ class Experiment:
             self._train(arm, labels, seed, rate)
         losses = self.rates(arm, labels, seed)
         best = min(losses, key=lambda rate: losses[rate])
-        for rate in losses:
-            if rate != best:
-                self._forget(self.sub_run(arm, labels, seed, rate), "best.pt")
         if len(losses) > 1:
             tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
             print(f"{arm}, {labels} labelled cases: learning rate {best:g} (validation loss at {tried}).")
@@ -136,7 +122,6 @@ class Experiment:
             optimizer=OptimizerSettings(
                 "adamw", rate, settings.weight_decay, schedule="cosine", warmup_steps=settings.warmup_steps
             ),
-            precision="auto",
             validate_every=settings.validate_every,
             workers=settings.workers,
             resume=True,
@@ -144,7 +129,7 @@ class Experiment:
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
         write_json(folder / "trained.json", {"loss": loss, "step": result.best_step})
-        self._forget(folder, "last.pt")
+        (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)
 
     def _score(self, arm: str, labels: int, seed: int, rate: float) -> Score:
         self._train(arm, labels, seed, rate)
@@ -175,33 +160,3 @@ class Experiment:
         checkpoint = self.sub_run(arm, labels, seed, rate) / "checkpoints" / "best.pt"
         method.load_state_dict(read_checkpoint(checkpoint)["method"])
         return backbone, method.to(self.device).eval()
-
-    @staticmethod
-    def _forget(folder: Path, checkpoint: str) -> None:
-        (folder / "checkpoints" / checkpoint).unlink(missing_ok=True)
-
-
-def split_cases(metas: Sequence[VolumeMeta]) -> Splits:
-    """By each case's own split; validation is topped up from train, whole patients at a time, to at least 10 %."""
-    train, validation, test = ([m for m in metas if m.split == split] for split in ("train", "val", "test"))
-    wanted = max(1, round(0.1 * (len(train) + len(validation))))
-    for patient in sorted({meta.patient for meta in train}, key=lambda patient: key(0, "validation", patient)):
-        if len(validation) >= wanted:
-            break
-        validation += [meta for meta in train if meta.patient == patient]
-        train = [meta for meta in train if meta.patient != patient]
-    return Splits(tuple(train), tuple(validation), tuple(test))
-
-
-def choose(train: Sequence[VolumeMeta], labels: int, seed: int) -> list[VolumeMeta]:
-    """A random choice of training cases, the same for every arm; a smaller one is part of a larger one.
-
-    Where cases have targets, these take turns, so that few cases hold every class.
-    """
-    order = torch.randperm(len(train), generator=generator(seed, "labelled cases")).tolist()
-    seen: Counter[int | None] = Counter()
-    turns = []
-    for case in order:
-        turns.append((seen[train[case].target], case))
-        seen[train[case].target] += 1
-    return [train[case] for _, case in sorted(turns, key=itemgetter(0))[:labels]]

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from ..data.patches import window
 from ..engine.monitor import read_metrics
@@ -20,6 +21,9 @@ def write_results(experiment: Experiment, scores: Sequence[Score], arms: Sequenc
     folder, task = experiment.folder, experiment.task
     counts = sorted({score.labels for score in scores})
     first_seed = scores[0].seed
+    write_json(folder / "results.json", _as_json(experiment, scores, arms, counts, first_seed))
+    with write_aside(folder / "results.md") as aside:
+        aside.write_text(_as_markdown(experiment, scores, arms, counts), encoding="utf-8")
     finetuning.learning_curves(
         folder / "figures" / "learning_curves.png",
         {labels: {arm: _curves(experiment, scores, arm, labels) for arm in arms} for labels in counts},
@@ -33,9 +37,17 @@ def write_results(experiment: Experiment, scores: Sequence[Score], arms: Sequenc
         title = f"Test cases, after training on {counts[-1]} (seed {first_seed})"
         slices = _slices(experiment, task, shown)
         finetuning.predictions(folder / "figures" / "predictions.png", slices, task.names, title)
-    write_json(folder / "results.json", _as_json(experiment, scores, arms, counts, first_seed))
-    with write_aside(folder / "results.md") as aside:
-        aside.write_text(_as_markdown(experiment, scores, arms, counts), encoding="utf-8")
+
+
+def _chance(pairs: int) -> str:
+    """How to read the differences: Student's t for as many pairs as there are."""
+    if pairs < 2:
+        return "Differences are of one pair of trainings, which says nothing about chance; give several --seeds."
+    reach = student_t.ppf(0.975, pairs - 1) / pairs**0.5
+    return (
+        f"Differences are paired by seed, mean ± sd; with {pairs} pairs, one of less than {reach:.1f} sd may be chance "
+        "(95 %). All pairs share one pretraining, whose own luck they do not show."
+    )
 
 
 def _curves(
@@ -79,6 +91,8 @@ def _slices(experiment: Experiment, task: SegmentationTask, shown: dict[str, Sco
 
 def _filled(mask: np.ndarray) -> tuple[slice, slice]:
     """The part of a slice (x, y) outside of which nothing is set, with a rim."""
+    if not mask.any():
+        return slice(None), slice(None)
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     return slice(max(rows[0] - 2, 0), rows[-1] + 3), slice(max(columns[0] - 2, 0), columns[-1] + 3)
 
@@ -135,7 +149,7 @@ def _as_markdown(experiment: Experiment, scores: Sequence[Score], arms: Sequence
         f"learning rate is the best of {', '.join(f'{r:g}' for r in settings.learning_rates)} on the validation cases.",
     ]
     if len(arms) == 2:
-        parts.append("Differences are paired by seed; one smaller than about twice sd / √pairs may well be chance.")
+        parts.append(_chance(len({score.seed for score in scores})))
     parts.append("![learning curves](figures/learning_curves.png)")
     if isinstance(task, SegmentationTask):
         parts.append(f"![predictions with {counts[-1]} labelled cases](figures/predictions.png)")

@@ -106,6 +106,7 @@ class SemanticGenesis(Method):
         figures["chance"] = float(label.bincount().max()) / len(label)
         return figures
 
+    @torch.compiler.disable  # picks samples by index: their number differs from batch to batch
     def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
         image = batch["image"]
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):

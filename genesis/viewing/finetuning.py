@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..files import write_aside
+from .figures import save
 
 ARM_COLOURS = ("tab:blue", "tab:orange")
 
@@ -55,7 +55,7 @@ def learning_curves(
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", fontsize=9)
     panels[0].set_ylabel(f"{metric} on the validation cases")
-    _save(figure, path)
+    save(figure, path)
 
 
 def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str], title: str) -> None:
@@ -76,7 +76,7 @@ def predictions(path: Path, slices: Sequence[Slice], names: Sequence[str], title
     handles = [Patch(color=colours(index + 1), label=name) for index, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _cases(labels: int) -> str:
@@ -99,10 +99,5 @@ def _colours(classes: int) -> ListedColormap:
     """Index 0, the background, is never drawn."""
     from matplotlib import colormaps
 
-    palette = colormaps["tab10"](range(classes)) if classes <= 10 else colormaps["turbo"](np.linspace(0, 1, classes))
+    palette = colormaps["turbo"](np.linspace(0.05, 1, classes))  # no greys, which the image has
     return ListedColormap([(0, 0, 0, 0), *palette])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")

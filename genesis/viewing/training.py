@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..files import write_aside
+from .figures import save
 
 COLUMNS = ("original", "corrupted", "restored", "difference")
 
@@ -38,7 +38,7 @@ def restorations(
             panel.set(xticks=[], yticks=[])
     for panel, title in zip(rows[0], COLUMNS, strict=True):
         panel.set_title(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def learning_curves(path: Path, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
@@ -62,7 +62,7 @@ def learning_curves(path: Path, train: Sequence[Mapping[str, Any]], val: Sequenc
         axes.set(title=title, xlabel="step", yscale="log" if figure_name == "mse" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -75,8 +75,3 @@ def _slices(patches: Tensor) -> list[np.ndarray]:
     first = patches[:, 0].float().cpu()
     middle = first[..., first.shape[-1] // 2] if first.ndim == 4 else first
     return list(middle.flip(1, 2).numpy())
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")

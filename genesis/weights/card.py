@@ -43,8 +43,12 @@ class DataCard(_Section):
 
 
 class CohortCard(_Section):
-    """Hashes of what was seen, so that leakage can be checked; they reveal nothing without the workspace's key."""
+    """Hashes of what was seen, so that leakage can be checked; they reveal nothing without the key they were made with.
 
+    `key` tells whether hashes of two cohorts can be compared: it is the key's own hash.
+    """
+
+    key: str | None = None
     patients: tuple[str, ...]
     volumes: tuple[str, ...]
 

@@ -10,8 +10,8 @@ def model_card(name: str, card: Card, stride: int) -> str:
     cohort = f"{len(run.cohort.volumes)} volumes of {len(run.cohort.patients)} patients"
     return f"""# {name}
 
-A `{network.class_name}`, trained with {run.method} for {run.steps:,} steps (seed {run.seed}) on {cohort}.
-Trained parts: {", ".join(card.trained)}.{_task(card)}
+A `{network.class_name}`, pretrained with {run.method} for {run.steps:,} steps (seed {run.seed}). {_task(card)}
+Trained parts: {", ".join(card.trained)}. Seen in all: {cohort}.
 
 ## Load
 
@@ -32,7 +32,7 @@ genesis.load_into(my_network, "{name}")  # your own {plain}: other numbers of ch
 | voxel size | {_numbers(data.spacing_mm) + " mm" if data.spacing_mm else "each scan's own"} |
 | patch | {_numbers(data.patch_size)} voxels; sides must be multiples of {stride} |
 
-## Figures on held-out patients
+## Pretraining's figures on held-out patients
 
 {_metrics(card)}
 ## Files
@@ -48,9 +48,11 @@ Written by genesis {card.genesis_version}.
 
 def _task(card: Card) -> str:
     if card.task is None:
-        return ""
+        return (
+            "Its output layer gives features for a new layer, not a restored patch: that needs the method's own parts."
+        )
     return (
-        f" Task: {card.task.type} of "
+        f"Then fine-tuned for a {card.task.type} of "
         + ", ".join(f"{name} ({value})" for value, name in card.task.labels.items())
         + "."
     )

@@ -113,7 +113,7 @@ def find_package(name: str, workspace: Workspace) -> Path:
     for path in (Path(name), workspace.weights / name):
         if (path / "card.json").is_file():
             return path
-    known = ", ".join(sorted(path.parent.name for path in workspace.weights.glob("*/card.json"))) or "none"
+    known = ", ".join(sorted(path.parent.name for path in workspace.weights.glob("[!.]*/card.json"))) or "none"
     raise UserError(
         f"There is no weights package {name!r}, neither as a folder nor in {workspace.weights} (there: {known})."
     )

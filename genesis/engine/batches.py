@@ -1,0 +1,100 @@
+"""Where the batches of a training come from, and how long the device waits for them."""
+
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .launch import worker_count
+from .method import Batch
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def training_batches(
+    samples: Dataset[Batch], fabric: "Fabric", *, steps: range, batch_size: int, workers: int | str
+) -> Iterator[Batch]:
+    """This process' share of the batch of each of these steps, on its device.
+
+    Step s has the samples s * batch_size … (s + 1) * batch_size - 1, of which every process takes an equal slice.
+    """
+    share = batch_size // fabric.world_size
+    starts = [step * batch_size + fabric.global_rank * share for step in steps]
+    slices = [range(start, start + share) for start in starts]
+    return map(fabric.to_device, _loader(samples, fabric, workers, batch_sampler=slices))
+
+
+def validation_batches(samples: Dataset[Batch], fabric: "Fabric", *, batch_size: int, workers: int | str) -> DataLoader:
+    """All samples in order, on the host."""
+    return _loader(samples, fabric, workers, batch_size=batch_size)
+
+
+class DataWait:
+    """How long the device waits for batches; to know it makes the device wait no longer.
+
+    The host runs ahead of a CUDA device: while it waits for a batch, the device may still be busy. There the time is
+    therefore taken on the device, from the end of a step's work to the arrival of the next batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._started = 0.0
+        self._waits: list[tuple[Any, Any]] = []  # when a batch was asked for, and when it was there
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        remaining = iter(batches)
+        while True:
+            if not self._waits:
+                self._started = time.perf_counter()
+            asked = self._now()
+            batch = next(remaining, None)
+            if batch is None:
+                return
+            self._waits.append((asked, self._now()))
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of a step and the share of them spent waiting, over the steps since the last reading.
+
+        What came between the last reading and the batch after it does not count. On CUDA the device must have finished
+        its work, as it has when a loss was just read from it.
+        """
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        waited = sum(asked.elapsed_time(there) / 1000 if self._cuda else there - asked for asked, there in self._waits)
+        count, self._waits = len(self._waits), []
+        return seconds / count, min(1.0, waited / seconds)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) -> DataLoader:
+    processes = worker_count(workers)
+    return DataLoader(
+        dataset,
+        num_workers=processes,
+        persistent_workers=processes > 0,
+        collate_fn=_collate,
+        pin_memory=fabric.device.type == "cuda" and processes > 0,
+        worker_init_fn=_ignore_interrupt,
+        **how,
+    )
+
+
+def _collate(fetched: list[Batch] | Batch) -> Batch:
+    """A dataset with `__getitems__` may return whole batches, on whatever device."""
+    return fetched if isinstance(fetched, dict) else default_collate(fetched)
+
+
+def _ignore_interrupt(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; without its workers the step at hand would have no data."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,90 @@
+"""How much memory a step takes, and how large a batch fits."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+_SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # in errors of torch, CUDA, cuDNN and cuBLAS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, on the device or the host."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    )
+
+
+def largest_that_fits(attempt: Callable[[int], None], too_many: int) -> int:
+    """The largest number, below one that is too large, with which `attempt` runs; 0 when there is none."""
+    fits = 0
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        try:
+            attempt(count)
+            fits = count
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            too_many = count
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next attempt needs pieces of another size
+    return fits
+
+
+def bytes_kept(forward: Callable[[], object]) -> int:
+    """What a forward pass keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result  # until here nothing was freed, so no address stands for two tensors
+    return sum(kept.values())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held at once: tensors on a CUDA device; on the CPU, everything in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        raise UserError("Host memory cannot be measured on Windows; use --device cuda.")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now; on the CPU, for want of anything better, the most that it has held."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_bytes(device)
+
+
+def usable_bytes(device: torch.device) -> int:
+    """The most that `peak_bytes` may become: what this process holds now and what is still free beside it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return _free_host_bytes() + peak_bytes(device)
+
+
+def _free_host_bytes() -> int:
+    """Memory that the machine, or the job of a cluster or container, has left."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: as if nothing else ran
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = 1024 * int(rows["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free

@@ -1,0 +1,167 @@
+"""One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..seeding import key
+from .memory import is_out_of_memory, largest_that_fits
+from .method import Batch, Method
+from .optimizer import OptimizerSettings
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed; what it computes stays the same, but for rounding.
+
+    precision: "bf16" is autocast; "auto" takes it on CUDA.
+    compile: whether `torch.compile` makes kernels for the method; "auto": on CUDA.
+    accumulate: parts in which a process computes its share of the batch, one after the other, to save memory. The
+        gradient is the mean over the parts: that of the whole batch where the loss is a mean over samples. It is not
+        where samples act on each other: batch norm, Dice over the batch, contrastive losses.
+    """
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto"] | bool = False
+    accumulate: int = 1
+
+
+class TrainingStep:
+    """A method and its optimizer on a device, which learn from one batch after another.
+
+    On CUDA the network's weights, and with them its activations, lie in memory as tensor cores want them (channels
+    last), and the optimizer is one kernel.
+
+    Raises `UserError` when the batch cannot be divided among the processes and their parts.
+    """
+
+    def __init__(
+        self,
+        fabric: "Fabric",
+        method: Method,
+        optimizer: OptimizerSettings,
+        settings: StepSettings,
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        if batch_size % (fabric.world_size * settings.accumulate):
+            raise UserError(
+                f"A batch of {batch_size} cannot be divided among {fabric.world_size} processes"
+                + (f" with {settings.accumulate} parts each." if settings.accumulate > 1 else ".")
+            )
+        cuda = fabric.device.type == "cuda"
+        if cuda:
+            _channels_last(method)
+        self._compiled = settings.compile is True or (settings.compile == "auto" and cuda)
+        if self._compiled:
+            method.compile()
+        self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
+        self._fabric, self._method, self._settings = fabric, method, settings
+        self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
+        self._model, self.optimizer = fabric.setup(method, optimizer.build(method.param_groups(), fused=cuda))
+        self._proven = False  # a step has run
+
+    def __call__(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
+        """Take step 0, 1, …; the loss, its terms and the method's metrics of every part of the batch.
+
+        Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
+        """
+        try:
+            terms = self._gradients_or_eager(batch, step)
+            self._update(step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return terms
+        self.optimizer.zero_grad()
+        raise UserError(self._what_fits(batch))  # out of the handler, which keeps the failed step's tensors alive
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def _gradients_or_eager(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
+        try:
+            terms = self._gradients(batch, step)
+        except Exception as error:
+            if not self._compiled or self._proven or is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            self._fabric.print(f"torch.compile failed, so training goes on without it: {type(error).__name__} {reason}")
+            self._compiled = False
+            self.optimizer.zero_grad()
+            terms = self._gradients(batch, step)
+        self._proven = True
+        return terms
+
+    def _gradients(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
+        torch.manual_seed(key(self._seed, "step", step, self._fabric.global_rank))
+        parts = _parts(batch, self._settings.accumulate)
+        terms = []
+        with torch.compiler.set_stance("default" if self._compiled else "force_eager"):
+            for number, part in enumerate(parts, 1):
+                with self._fabric.no_backward_sync(self._model, enabled=number < len(parts)):
+                    with self.autocast():
+                        output = self._model(part)
+                    loss = torch.stack(list(output.losses.values())).sum()
+                    self._fabric.backward(loss / len(parts))
+                values = {"loss": loss, **output.losses, **output.metrics}
+                terms.append({name: value.detach() for name, value in values.items()})
+        return terms
+
+    def _update(self, step: int) -> None:
+        self._rule.set_rate(self.optimizer, step, self._steps)
+        self._method.before_optimizer_step(step)
+        if self._rule.clip_norm is not None:  # to look for gradients that are not finite would wait for the device
+            self._fabric.clip_gradients(
+                self._model, self.optimizer, max_norm=self._rule.clip_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._method.after_optimizer_step(step)
+
+    def _what_fits(self, batch: Batch) -> str:
+        """Found by trying, with room for the optimizer's state if it has none yet."""
+        weights = [weight for weight in self._method.parameters() if weight.requires_grad]
+        room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+
+        def attempt(count: int) -> None:  # without the model's wrapper, so that no other process is waited for
+            with self.autocast(), torch.compiler.set_stance("force_eager"):
+                output = self._method({name: tensor[:count] for name, tensor in batch.items()})
+            torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), weights, allow_unused=True)
+
+        share = len(batch["image"])
+        fits = largest_that_fits(attempt, share // self._settings.accumulate)
+        del room
+        where = "the memory of " + ("this machine" if self._fabric.device.type == "cpu" else str(self._fabric.device))
+        if not fits:
+            return f"Not even one patch fits into {where}: use a smaller data.patch_size or network, or another device."
+        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
+        whole = fits * self._fabric.world_size
+        return (
+            f"{share // self._settings.accumulate} patches at once do not fit into {where}, {fits} do: "
+            f"set accumulate={parts}, which divides the batch of {self._batch_size} into parts, or batch_size={whole}."
+        )
+
+
+def _channels_last(method: nn.Module) -> None:
+    """Lay out the weights of convolutions; what they put out follows."""
+    for weight in method.parameters():
+        if weight.ndim in _CHANNELS_LAST:
+            weight.data = weight.data.contiguous(memory_format=_CHANNELS_LAST[weight.ndim])
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    divided = [tensor.chunk(count) for tensor in batch.values()]
+    return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*divided, strict=True)]

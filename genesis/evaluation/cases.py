@@ -1,0 +1,109 @@
+"""The labelled cases of an experiment: which there are, how they are split, how many train."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+
+from ..data.store import VolumeMeta, VolumeStore
+from ..errors import UserError
+from ..seeding import generator, key
+from ..weights import CohortCard
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Labelled cases by patient."""
+
+    train: tuple[VolumeMeta, ...]
+    validation: tuple[VolumeMeta, ...]
+    test: tuple[VolumeMeta, ...]
+
+
+def labelled_cases(store: VolumeStore, task: str) -> list[VolumeMeta]:
+    """The labelled cases of a store."""
+    if task == "classification":
+        cases = [meta for meta in store if meta.target is not None]
+        wanted = "a target (a whole number, as the column `target` of a CSV)"
+    else:
+        corner = (slice(0, 1),) * 3
+        cases = [meta for meta in store if meta.labelled and store[meta.volume].labels(corner) is not None]
+        wanted = "a label map"
+    if not cases:
+        raise UserError(f"None of the {len(store)} scans has {wanted}; pass --data with labelled scans.")
+    channels = sorted({meta.shape[0] for meta in cases})
+    if len(channels) > 1:
+        raise UserError(f"The labelled scans have {channels} channels; choose the same for all with --channels.")
+    return cases
+
+
+def split_cases(metas: Sequence[VolumeMeta]) -> Splits:
+    """By each case's own split; validation is topped up from train, whole patients at a time, to at least 10 %."""
+    train, validation, test = ([m for m in metas if m.split == split] for split in ("train", "val", "test"))
+    wanted = max(1, round(0.1 * (len(train) + len(validation))))
+    for patient in sorted({meta.patient for meta in train}, key=lambda patient: key(0, "validation", patient)):
+        if len(validation) >= wanted:
+            break
+        validation += [meta for meta in train if meta.patient == patient]
+        train = [meta for meta in train if meta.patient != patient]
+    return Splits(tuple(train), tuple(validation), tuple(test))
+
+
+def choose(train: Sequence[VolumeMeta], labels: int, seed: int) -> list[VolumeMeta]:
+    """A random choice of training cases, the same for every arm; a smaller one is part of a larger one.
+
+    Where cases have targets, these take turns, so that few cases hold every class.
+    """
+    order = torch.randperm(len(train), generator=generator(seed, "labelled cases")).tolist()
+    seen: Counter[int | None] = Counter()
+    turns = []
+    for case in order:
+        turns.append((seen[train[case].target], case))
+        seen[train[case].target] += 1
+    return [train[case] for _, case in sorted(turns, key=itemgetter(0))[:labels]]
+
+
+def training_counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
+    """Numbers of training cases from `--labels`."""
+    there = len(splits.train)
+    others = f"besides {len(splits.validation)} for validation and {len(splits.test)} for test"
+    around = f"{there} labelled training cases ({others})"
+    if not splits.train or not splits.test:
+        raise UserError(
+            f"There are only {around}: label more, or say which are for training and test in a CSV's column `split`."
+        )
+    for text in labels:
+        if text != "all" and not (text.isdecimal() and int(text) > 0):
+            raise UserError(f"--labels {text}: expected a number of cases, or all.")
+        if text != "all" and int(text) > there:
+            raise UserError(f"--labels {text}: there are {around}; ask for at most {there}, or all.")
+    return tuple(sorted({there if text == "all" else int(text) for text in labels}))
+
+
+def report_cases(cases: Sequence[VolumeMeta], splits: Splits, seen: CohortCard, id_key_hash: str) -> None:
+    """Say how the cases are split; refuse test cases that pretraining has seen."""
+    print(
+        f"{len(cases)} labelled cases, split by patient: {len(splits.train)} for training, "
+        f"{len(splits.validation)} for validation, {len(splits.test)} for test."
+    )
+    moved = len(splits.validation) - sum(meta.split == "val" for meta in cases)
+    if moved:
+        print(f"Validation was topped up with {moved} cases from training.")
+    patients = {meta.patient for meta in splits.test}
+    leaked = {meta.patient for meta in splits.test if meta.patient in seen.patients or meta.volume in seen.volumes}
+    if leaked:
+        raise UserError(
+            f"{len(leaked)} of {len(patients)} test patients were seen in pretraining, for instance {min(leaked)}: "
+            "results on them would mean nothing. Pretrain with --exclude FILE, or give other test cases."
+        )
+    if seen.patients and seen.key != id_key_hash:
+        print(
+            "Whether pretraining saw the test patients cannot be told: it hashed their ids with another key; use the "
+            "same workspace for both, or the same GENESIS_ID_KEY."
+        )
+    elif seen.patients:
+        print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
+    else:
+        print("Whether pretraining saw the test patients is not known: the package names no patients.")

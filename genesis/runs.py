@@ -1,0 +1,137 @@
+"""Which run a training belongs to: a new one that a config describes, or an earlier one to go on with."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, load_config
+from .data.pseudo_labels import PseudoLabels
+from .data.store import VolumeStore
+from .engine.checkpoint import read_checkpoint
+from .errors import UserError
+from .files import read_json, verify_folder, write_aside, write_json
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """What discover left for one number of dimensions."""
+
+    store: VolumeStore
+    table: PseudoLabels
+    record: dict[str, Any]  # discovery.json
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's folder, config, record (run.json) and data."""
+
+    folder: Path
+    config: Config
+    record: dict[str, Any]
+    found: Discovered
+
+    def write(self, status: str) -> None:
+        """config.yaml and run.json; `status` is "running", "stopped" or "finished"."""
+        with write_aside(self.folder / "config.yaml") as aside:
+            aside.write_text(self.config.dump(), encoding="utf-8")
+        write_json(self.folder / "run.json", {**self.record, "status": status})
+
+
+def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
+    """A new run; nothing is written."""
+    found = _discovered(workspace, int(options.dim[0]))
+    config = _configure(options, found)
+    name = options.run or _free_name(workspace, Path(options.config or f"{options.method}_{options.dim}").stem)
+    folder = workspace.new_run(name)
+    if folder.exists():
+        raise UserError(
+            f"There is a run {name} in {workspace.runs}; go on with it by --resume, or choose another --run."
+        )
+    seen = [meta for meta in found.store if meta.split != "test"]
+    record = {
+        "kind": "train",
+        "dim": options.dim,
+        "method": config.method.name,
+        "seed": options.seed,
+        "spacing_mm": found.record["spacing_mm"],
+        "in_channels": found.record["in_channels"],
+        "modality": found.record["modality"],
+        "pseudo_labels_sha256": found.record["pseudo_labels_sha256"],
+        "cohort": {
+            "key": workspace.id_key_hash(),
+            "patients": sorted({meta.patient for meta in seen}),
+            "volumes": sorted(meta.volume for meta in seen),
+        },
+    }
+    return Run(folder, config, record, found)
+
+
+def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
+    """The run to go on with."""
+    if options.config or options.overrides:
+        raise UserError("--resume goes on in the run's own config; --config and --set belong to a new run.")
+    folder = workspace.run(options.run, "train")
+    record = read_json(folder / "run.json")
+    if record["dim"] != options.dim:
+        raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
+    config = load_config(str(folder / "config.yaml"), values=_steps(options))
+    last = folder / "checkpoints" / "last.pt"
+    if not last.is_file() and last.with_name("best.pt").is_file():
+        raise UserError(f"{last} is missing, so {folder.name} cannot go on; export what it has, or start a new run.")
+    if last.is_file() and (done := read_checkpoint(last)["step"]) > config.train.steps:
+        raise UserError(f"The run {folder.name} has {done} steps already; --steps {config.train.steps} is less.")
+    found = _discovered(workspace, config.spatial_dims)
+    if found.record["pseudo_labels_sha256"] != record["pseudo_labels_sha256"]:
+        raise UserError(
+            f"The pseudo-labels were made anew since {folder} started, so it cannot go on; "
+            "start a new run without --resume."
+        )
+    return Run(folder, config, record, found)
+
+
+def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
+    folder = workspace.discovery(spatial_dims)
+    again = f"python -m genesis.discover --dim {spatial_dims}d"
+    if not (folder / "discovery.json").is_file():
+        raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
+    verify_folder(folder, "discovery.json", "pseudo_labels.csv")
+    record = read_json(folder / "discovery.json")
+    store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
+    now = {meta.volume: meta.split for meta in store}
+    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now.get(v, split) != split}
+    if moved:
+        raise UserError(
+            f"{len(moved)} volumes have moved to another split since the pseudo-labels were made (for instance "
+            f"{min(moved)}), test patients perhaps; make them anew with: {again}"
+        )
+    return Discovered(store, table, record)
+
+
+def _configure(options: argparse.Namespace, found: Discovered) -> Config:
+    """The run's config, whose sections data and discovery are those of discovery."""
+    name = options.config or f"{options.method}_{options.dim}"
+    values = _steps(options)
+    if options.config is None:
+        values |= {f"data.{field}": value for field, value in found.record["data"].items()}
+        values["discovery"] = dict(found.record["discovery"])
+    config = load_config(name, options.overrides, sample=found.store.sample, values=values)
+    if config.spatial_dims != int(options.dim[0]):
+        raise UserError(f"The config {name} is {config.spatial_dims}D; pass --dim {config.spatial_dims}d.")
+    for field, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
+        if value != (used := found.record["data"][field]):
+            raise UserError(
+                f"data.{field} is {value}, but discovery used {used}: leave it out, or run "
+                f"python -m genesis.discover --dim {options.dim} with the same setting first."
+            )
+    return config
+
+
+def _steps(options: argparse.Namespace) -> dict[str, Any]:
+    return {} if options.steps is None else {"train.steps": options.steps}
+
+
+def _free_name(workspace: Workspace, stem: str) -> str:
+    names = (stem, *(f"{stem}-{number}" for number in range(2, 10**6)))
+    return next(name for name in names if not (workspace.runs / name).exists())
