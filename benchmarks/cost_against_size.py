@@ -22,7 +22,7 @@ from measure import Row, row, seconds, write
 from genesis.config import load_config
 from genesis.data.patches import PseudoLabelPatches, WholeVolumes
 from genesis.data.store import VolumeStore
-from genesis.discovery.latents import Shrunken, encode
+from genesis.discovery.latents import encode, shrink
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.trainer import fit
 from genesis.methods import METHODS
@@ -47,7 +47,7 @@ def linear(scans: dict[str, Path], work: Path, repeats: int) -> list[Row]:
     def latents(name: str) -> None:
         store = VolumeStore(Workspace(work / name).store)
         volumes = WholeVolumes(store, AGAIN * list(store), shape=shape, window_hu=settings.data.window_hu)
-        encode(autoencoder, Shrunken(volumes, work / "shrunken.npy", lambda: None), torch.device("cpu"), 8)
+        encode(autoencoder, shrink(volumes, work / "shrunken.npy", lambda: None), torch.device("cpu"), 8)
 
     rows = []
     for title, run in (("prepare", prepare), ("latents", latents)):
