@@ -13,16 +13,7 @@ from ..data.store import VolumeStore
 from ..errors import UserError
 from .anchors import Anchor
 from .matching import Space, carry
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A volume in which an anchor's place is looked for."""
-
-    volume: str
-    rank: int  # 0: the reference itself
-    distance: float  # between the latents
-    split: str
+from .neighbours import Neighbour
 
 
 class Pair(NamedTuple):
