@@ -28,6 +28,7 @@ from .engine.launch import launch
 from .engine.ranks import from_first
 from .errors import UserError
 from .files import write_folder_aside
+from .network import configured_network
 from .prepare import prepare
 from .workspace import Workspace
 
@@ -52,11 +53,17 @@ def run(options: argparse.Namespace) -> None:
     if options.dim != f"{config.spatial_dims}d":
         raise UserError(f"The config is {config.spatial_dims}D, but --dim is {options.dim}; pass --dim to match it.")
     train, held_out = store.select("train"), store.select("val")
-    _check_cohort(train, held_out, config.spatial_dims, fabric.world_size)
-    spacing = resolve_spacing(config.data, train)
+    _check_cohort(train, config.spatial_dims, fabric.world_size)
+    network = configured_network(config, train[0].shape[0])  # so that training can take what is found here
+    spacing = resolve_spacing(config.data, train, network.stride)
     wanted, there = config.discovery.neighbours, len({meta.patient for meta in train})
     if wanted > there:
         fabric.print(f"There are {there} training patients, so each class takes all of them, not {wanted}.")
+    if not held_out:
+        fabric.print(
+            "No patient is held out for validation, so nothing will judge the training; "
+            "a CSV with a column `split` would say who shall be."
+        )
     folder = workspace.discovery(config.spatial_dims)
     with _folder_aside(fabric, folder) as aside:
         record = discover(fabric, store, train, held_out, config, spacing, aside, options.seed)
@@ -99,13 +106,9 @@ def _prepare(options: argparse.Namespace, workspace: Workspace, processes: int) 
         prepare(data, workspace.store, workspace, modality="ct", sample=True)
 
 
-def _check_cohort(
-    train: Sequence[VolumeMeta], held_out: Sequence[VolumeMeta], spatial_dims: int, processes: int
-) -> None:
+def _check_cohort(train: Sequence[VolumeMeta], spatial_dims: int, processes: int) -> None:
     if len({meta.patient for meta in train}) < 2:
         raise UserError(f"There are {len(train)} training volumes; self-discovery needs at least two patients.")
-    if not held_out:
-        raise UserError("No patient is held out for validation; add scans, or give a CSV with a column `split`.")
     if processes > len(train):
         raise UserError(f"There are {len(train)} training volumes for {processes} processes; start fewer processes.")
     for what, values in (
