@@ -12,7 +12,7 @@ from ..data.store import VolumeMeta, VolumeStore
 from ..engine.ranks import from_first, gather, share
 from ..files import sha256, write_json
 from ..progress import progress
-from ..viewing.discovery import draw_anchors, draw_classes
+from ..viewing.discovery import draw_anchors, draw_classes, draw_neighbours
 from .anatomy import carried_anatomy
 from .anchors import find_anchors
 from .body import coarse_step_mm
@@ -69,6 +69,7 @@ def discover(
     (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     (folder / "figures").mkdir()
     draw_classes(store, table, folder / "figures" / "classes.png", **box, **window)
+    draw_neighbours(store, table, folder / "figures" / "neighbours.png", **step)
     draw_anchors(store, table, folder / "figures" / "anchors.png", **box, **step)
     body = torch.tensor([anchor.body for anchor in anchors])
     everyones = np.load(folder / "latents.npy", mmap_mode="r")
