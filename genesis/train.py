@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from .cli import add_dim_argument
-from .config import Config, TrainConfig
+from .config import TrainConfig
 from .data.patches import PseudoLabelPatches, ValidationPatches
 from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .engine.checkpoint import read_checkpoint
@@ -39,7 +39,8 @@ from .engine.trainer import FitResult, fit
 from .errors import UserError
 from .methods import METHODS
 from .methods.semantic_genesis import SemanticGenesis
-from .models import Backbone, build_backbone
+from .models import Backbone
+from .network import configured_network
 from .runs import Run, plan_run, reopen_run
 from .seeding import key
 from .workspace import Workspace
@@ -87,7 +88,9 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.profile < config.train.steps:
         raise UserError(f"--profile {options.profile}: expected fewer steps than the run's {config.train.steps}.")
     torch.manual_seed(key(seed, "network"))
-    backbone = _backbone(config, this.record["in_channels"])
+    backbone = configured_network(config, this.record["in_channels"])
+    if config.train.recompute_activations:
+        backbone.recompute_activations()
     method = METHODS[config.method.name](config.method, backbone, this.found.table.classes)
     this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
@@ -147,24 +150,6 @@ def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric:
             this.write(status)
         elif fabric.is_global_zero:
             shutil.rmtree(this.folder)
-
-
-def _backbone(config: Config, channels: int) -> Backbone:
-    try:
-        backbone = build_backbone(
-            spatial_dims=config.spatial_dims, in_channels=channels, out_channels=channels, **config.network.model_dump()
-        )
-    except ValueError as error:
-        raise UserError(f"config: {error}.") from None
-    if config.train.recompute_activations:
-        backbone.recompute_activations()
-    size = config.data.patch_size
-    if any(side % backbone.stride for side in size) or max(size) == backbone.stride:
-        raise UserError(
-            f"data.patch_size {list(size)}: the network {config.network.name} takes sides that are multiples of "
-            f"{backbone.stride}, at least one of them larger; change it and run python -m genesis.discover again."
-        )
-    return backbone
 
 
 def _trained(backbone: Backbone) -> list[str]:

@@ -190,13 +190,18 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
 
 
 def test_resident_volumes_train_as_streamed_ones(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_discovery(workspace / "discovery" / "3d", DATA, shift=-20.0)  # patches that reach out of their volumes
     train(workspace, "--steps", "4", "--run", "streamed")
     assert "Patches stream from the store" in capsys.readouterr().out
     train(workspace, "--steps", "4", "--run", "kept", "--set", "data.resident=0.5")
     assert "Patches are cut on cpu: the 7 volumes take 0.000459 GB" in capsys.readouterr().out
     runs = [(workspace / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("streamed", "kept")]
     for streamed, kept in zip(*(run.splitlines() for run in runs), strict=True):
-        assert json.loads(kept)["loss"] == pytest.approx(json.loads(streamed)["loss"], rel=1e-4)
+        one, other = json.loads(streamed), json.loads(kept)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        if one["split"] == "train":
+            assert other["padding"] == pytest.approx(one["padding"])
+            assert 0 < one["padding"] < 1
 
 
 def test_more_resident_data_than_memory(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

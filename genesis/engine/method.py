@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]  # always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key
+# Always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key; "padding" (B,), where it is
+# known, is the share of a patch that lies outside its volume, whose mean is logged.
+Batch = dict[str, Tensor]
 
 
 @dataclass  # not frozen, for Fabric refuses to look into frozen ones

@@ -117,6 +117,8 @@ class TrainingStep:
                     loss = torch.stack(list(output.losses.values())).sum()
                     self._fabric.backward(loss / len(parts))
                 values = {"loss": loss, **output.losses, **output.metrics}
+                if "padding" in part:
+                    values["padding"] = part["padding"].mean()
                 terms.append({name: value.detach() for name, value in values.items()})
         return terms
 
