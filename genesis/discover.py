@@ -34,7 +34,7 @@ from .discovery.anatomy import carried_anatomy
 from .discovery.anchors import Anchor, choose_anchors
 from .discovery.body import coarse_step_mm
 from .discovery.classes import Neighbour, make_classes, match, pairs_of
-from .discovery.latents import Reconstruction, Shrunken, effective_rank, encode, shrink
+from .discovery.latents import Reconstruction, Shrunken, encode, shrink
 from .discovery.neighbours import Found, merge, nearest_patients
 from .discovery.quality import coverage, similarity
 from .engine.launch import launch
@@ -42,6 +42,7 @@ from .engine.optimizer import OptimizerSettings
 from .engine.ranks import from_first, gather, share
 from .engine.trainer import fit
 from .errors import UserError
+from .evaluation.probes import effective_rank
 from .files import sha256, write_folder_aside, write_json
 from .prepare import prepare
 from .progress import progress

@@ -13,9 +13,9 @@ from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm, from_body, to_body
 from genesis.discovery.classes import Neighbour, make_classes, match, pairs_of
-from genesis.discovery.latents import effective_rank
 from genesis.discovery.matching import Pass, carry, correlate
 from genesis.discovery.neighbours import merge, nearest_patients
+from genesis.evaluation.probes import effective_rank
 from genesis.errors import UserError
 from genesis.prepare import prepare
 from genesis.seeding import generator

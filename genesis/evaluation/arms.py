@@ -129,7 +129,8 @@ class Experiment:
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
         write_json(folder / "trained.json", {"loss": loss, "step": result.best_step})
-        (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)
+        for name in ("last.pt", "previous.pt"):
+            (folder / "checkpoints" / name).unlink(missing_ok=True)
 
     def _score(self, arm: str, labels: int, seed: int, rate: float) -> Score:
         self._train(arm, labels, seed, rate)
