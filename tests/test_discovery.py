@@ -15,8 +15,8 @@ from genesis.discovery.body import coarse_step_mm, from_body, to_body
 from genesis.discovery.classes import Neighbour, make_classes, match, pairs_of
 from genesis.discovery.matching import Pass, carry, correlate
 from genesis.discovery.neighbours import merge, nearest_patients
-from genesis.evaluation.probes import effective_rank
 from genesis.errors import UserError
+from genesis.evaluation.probes import effective_rank
 from genesis.prepare import prepare
 from genesis.seeding import generator
 from genesis.workspace import Workspace

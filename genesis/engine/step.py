@@ -130,7 +130,7 @@ class TrainingStep:
         self._method.before_optimizer_step(step)
         norm = self._clipped_norm()
         if self._fabric.world_size > 1:  # of the gradient all know the same already
-            loss = self._fabric.all_reduce(loss, reduce_op="sum")  # type: ignore[assignment]
+            loss = self._fabric.all_reduce(loss, reduce_op="sum")
         bad = (~(loss + norm).isfinite()).float()
         if loss.device.type == "cpu":
             if not bad.item():

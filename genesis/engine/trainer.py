@@ -157,11 +157,8 @@ def fit(
                     "loss": figures["loss"],
                 }
                 if skipped:
-                    monitor.alarm(
-                        state.step,
-                        "not_finite",
-                        f"{skipped:.0f} steps since the last row were skipped, for their loss or gradient was not finite",
-                    )
+                    which = f"{skipped:.0f} steps since the last row were skipped"
+                    monitor.alarm(state.step, "not_finite", f"{which}: their loss or gradient was not finite")
                 if in_a_row >= SKIPPED_IN_A_ROW:
                     if state.returned or not last.exists():
                         raise _not_finite(state, batch, train, batch_size, fabric, folder)

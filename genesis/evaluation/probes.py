@@ -22,7 +22,12 @@ def knn_accuracy(features: Float[Tensor, "n d"], labels: Int[Tensor, "n"], neigh
 
 
 def effective_rank(features: Float[Tensor, "n d"]) -> float:
-    """In how many directions features spread: 1 when they have collapsed (Roy & Vetterli, 2007)."""
+    """In how many directions features spread: 1 when they have collapsed (Roy & Vetterli, 2007).
+
+    NaN for features that are not finite.
+    """
+    if not features.isfinite().all():
+        return float("nan")
     spectrum = torch.linalg.svdvals(features - features.mean(0))
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
