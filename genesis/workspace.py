@@ -64,6 +64,7 @@ class Workspace:
                 if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                     return stream
             except (BlockingIOError, PermissionError):
+                stream.close()
                 raise UserError(self._held(path)) from None
             stream.close()  # its last holder removed it meanwhile
 

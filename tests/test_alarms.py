@@ -66,7 +66,7 @@ def test_training_goes_back_once_and_then_stops_with_the_batch(tmp_path: Path) -
 
     lasting = tmp_path / "lasting"
     with pytest.raises(TrainingAlarm, match="although training had gone back"):
-        train(lasting, Poisoned(lambda call: call > 10), 100, validate_every=15)
+        train(lasting, Poisoned(lambda call: call > 10), 100, validate_every=10)
     assert read_metrics(lasting, "alarm")[-1]["kind"] == "not_finite"
     about = json.loads((lasting / "not_finite.json").read_text(encoding="utf-8"))
     assert about["samples"] == about["keys"] == list(range((about["step"] - 1) * 8, about["step"] * 8))
