@@ -165,7 +165,6 @@ def fit(
                     state.returned = True
                     good = _restore(last, method, take_step).step
                     take_step.skipped.zero_()
-                    in_a_row = 0
                     monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
             if validating:
                 _check_weights(method, fabric, state.step)
@@ -181,7 +180,7 @@ def fit(
                 if state.is_best(figures, judged=held_out is not None) and fabric.is_global_zero:
                     write_checkpoint(best, {"step": state.step, "metrics": figures, "method": method.state_dict()})
             stop = largest(fabric, interrupted())
-            good = validating and not in_a_row  # a step that was skipped says that its weights may be no good
+            good = validating and not in_a_row  # weights that make a step be skipped may be no good
             state.returned = state.returned and not good
             if (good or stop) and fabric.is_global_zero:
                 tensors = {"method": method.state_dict(), "optimizer": optim.state_dict()}
