@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
+BENCHMARKS = corruption store prepare training nearest_patients cost_against_size
 
-.PHONY: demo test test-all lint types
+.PHONY: demo test test-all bench bench-gpu lint types
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +21,16 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+# Each writes benchmarks/results/NAME.json; about eight minutes on two quiet cores.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# In any environment with a CUDA build of torch in which genesis can be imported; without network.
+bench-gpu:
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/corruption_cuda.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/training.py --device cuda
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
