@@ -13,6 +13,7 @@ its own that begin with --run, from taking --run as its own.
 """
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Sequence
 from math import isfinite
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from .cli import add_dim_argument
+from .cli import add_dim_argument, command, interrupted_code
 from .config import TrainConfig
 from .data.patches import PseudoLabelPatches, ValidationPatches
 from .data.resident import ResidentPatches, ResidentVolumes, residence
@@ -114,9 +115,10 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
         return
-    where = f" --workspace {options.workspace}" if options.workspace else ""
+    again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
+    again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": options.resume, "profile": options.profile}
-    result = _fit(this, method, train, how, fabric, where)
+    result = _fit(this, method, train, how, fabric, again)
     if not isfinite(result.best_loss):
         raise UserError(
             f"The training of {this.folder.name} diverged: no validation had a finite loss; "
@@ -126,10 +128,10 @@ def run(options: argparse.Namespace) -> None:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
         _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
         print(_summary(result))
-        print(f"The run is in {this.folder}; next: python -m genesis.export{where}")
+        print(f"The run is in {this.folder}; next: {command(options, 'export')}")
 
 
-def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", where: str) -> FitResult:
+def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", again: str) -> FitResult:
     """Train, and keep the run's status up to date; a new run that fails at once leaves nothing."""
     status = "stopped"
     if fabric.is_global_zero:
@@ -138,11 +140,11 @@ def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric:
         result = fit(method, train, folder=this.folder, title="training", **how)
         status = "finished"
         return result
-    except KeyboardInterrupt:
-        fabric.print(f"Stopped; go on with: python -m genesis.train --resume --run {this.folder.name}{where}")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        fabric.print(f"Stopped; go on with:\n{again}")
+        raise SystemExit(interrupted_code(stop)) from None
     except UserError:
-        if not how["resume"] and not read_metrics(this.folder, "train"):
+        if not how["resume"] and not any(read_metrics(this.folder, split) for split in ("train", "alarm")):
             status = ""
         raise
     finally:

@@ -13,10 +13,10 @@ from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm, from_body, to_body
 from genesis.discovery.classes import make_classes, match, pairs_of
-from genesis.discovery.latents import effective_rank
 from genesis.discovery.matching import Pass, carry, correlate
 from genesis.discovery.neighbours import Neighbour, merge, nearest_patients
 from genesis.errors import UserError
+from genesis.evaluation.probes import effective_rank
 from genesis.prepare import prepare
 from genesis.seeding import generator
 from genesis.workspace import Workspace

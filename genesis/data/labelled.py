@@ -111,6 +111,10 @@ class LabelledPatches(Dataset[Sample]):
             "key": torch.tensor(key(self.seed, "labelled patch", index)),
         }
 
+    def volumes_of(self, indices: Sequence[int]) -> list[str]:
+        """The volume of each sample."""
+        return [self.metas[shuffled(index, len(self.metas), self.seed)].volume for index in indices]
+
     def _candidates_of(self, meta: VolumeMeta) -> list[np.ndarray]:
         """Voxels (n, 3) of each class that a case has, a bounded random choice, found when the case is first used."""
         if meta.volume not in self._candidates:

@@ -207,6 +207,10 @@ class TablePatches(Dataset[Sample]):
             "padding": torch.tensor(padding),
         }
 
+    def volumes_of(self, indices: Sequence[int]) -> list[str]:
+        """The volume of each sample."""
+        return self.table.volume[self.boxes(indices).row].tolist()
+
     def _boxes(self, row: list[int], key: list[int]) -> Boxes:
         """The exact places of rows."""
         return Boxes(np.array(row), np.array(key), self._centre_mm[row], self._extent_mm[row])

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..config import AutoencoderConfig
@@ -156,13 +155,6 @@ def encode(
         for batch in DataLoader(images, batch_size=batch_size)
     ]
     return torch.cat(latents).numpy()
-
-
-def effective_rank(latents: Float[Tensor, "n latent"]) -> float:
-    """Effective rank of the latents: 1 when the autoencoder has collapsed (Roy & Vetterli, 2007)."""
-    spectrum = torch.linalg.svdvals(latents - latents.mean(0))
-    share = spectrum / spectrum.sum().clamp(min=1e-12)
-    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
 
 
 def _heights(metas: Sequence[VolumeMeta], heights: Sequence[float]) -> Sequence[float]:

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..data.store import VolumeMeta, VolumeStore
 from ..engine.ranks import from_first, gather, share
+from ..evaluation.probes import effective_rank
 from ..files import sha256, write_json
 from ..progress import progress
 from ..viewing.discovery import draw_anchors, draw_classes, draw_neighbours
@@ -17,7 +18,7 @@ from .anatomy import carried_anatomy
 from .anchors import find_anchors
 from .body import coarse_step_mm
 from .classes import make_classes, match, pairs_of
-from .latents import effective_rank, encode_cohort, train_autoencoder
+from .latents import encode_cohort, train_autoencoder
 from .neighbours import find_neighbours
 from .quality import coverage, similarity
 

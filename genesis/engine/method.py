@@ -43,6 +43,10 @@ class Method(nn.Module):
     def after_optimizer_step(self, step: int) -> None:
         """Called after the optimizer's step (momentum teacher)."""
 
+    def collapsed(self, figures: dict[str, float]) -> list[str]:
+        """What a validation's figures show to be no better than a constant answer, in words; default: nothing."""
+        return []
+
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Figures of held-out data; "loss" decides about the best checkpoint, lower is better.

@@ -1,4 +1,4 @@
-"""How much of a label a frozen encoder's features tell."""
+"""What a frozen encoder's features tell."""
 
 import torch
 from jaxtyping import Float, Int
@@ -21,3 +21,15 @@ def knn_accuracy(features: Float[Tensor, "n d"], labels: Int[Tensor, "n"], neigh
     votes = similarity.new_zeros(len(labels), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[nearest.indices], 1 + nearest.values)
     return float((votes.argmax(dim=1) == labels).float().mean())
+
+
+def effective_rank(features: Float[Tensor, "n d"]) -> float:
+    """In how many directions features spread: 1 when they have collapsed (Roy & Vetterli, 2007).
+
+    NaN for features that are not finite.
+    """
+    if not features.isfinite().all():
+        return float("nan")
+    spectrum = torch.linalg.svdvals(features - features.mean(0))
+    share = spectrum / spectrum.sum().clamp(min=1e-12)
+    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
