@@ -22,9 +22,13 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed."""
+    """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed.
+
+    Its name is always the same, hidden one, so that what a killed process left is replaced by the next that writes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part")
+    aside.unlink(missing_ok=True)
     try:
         yield aside
         if mode is not None:
@@ -40,24 +44,26 @@ def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
 def write_folder_aside(path: Path) -> Iterator[Path]:
     """Like `write_aside` for a whole folder, to which a `SHA256SUMS` is added; an existing folder is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
+    for left in (aside, old):
+        if left.exists():
+            shutil.rmtree(left)
     aside.mkdir()
     try:
         yield aside
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        content = sorted(aside.rglob("*"))
+        files = [p for p in content if p.is_file()]
         sums = "".join(f"{sha256(p)}  {p.relative_to(aside).as_posix()}\n" for p in files)
         (aside / "SHA256SUMS").write_text(sums, encoding="utf-8")
-        for file in (*files, aside / "SHA256SUMS"):
-            _sync(file)
+        for written in (*content, aside / "SHA256SUMS", aside):
+            _sync(written)
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
+        os.replace(aside, path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -80,6 +86,16 @@ def verify_folder(folder: Path, *names: str) -> None:
         inside = file.resolve().is_relative_to(folder.resolve())
         if not inside or not file.is_file() or sha256(file) != digests.get(name):
             raise UserError(f"{file} is damaged or missing (its checksum does not match); make {folder} anew.")
+
+
+def check_schema(path: Path, schema: Any, newest: int) -> None:
+    """Raise `UserError` for an artefact that a newer genesis wrote, or that does not say which."""
+    if not isinstance(schema, int):
+        raise UserError(f"{path} is damaged: it does not say of which schema it is.")
+    if schema > newest:
+        raise UserError(
+            f"{path} was written by a newer genesis (schema {schema}; this one reads up to {newest}): update genesis."
+        )
 
 
 def sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ import blosc2
 import numpy as np
 
 from ..errors import UserError
-from ..files import read_json, write_aside
+from ..files import check_schema, read_json, write_aside
 
 SCHEMA = 1
 INCOMING = ".incoming"  # in a store into which scans are being read
@@ -91,6 +91,7 @@ def read_audit(store: Path) -> dict[str, Any]:
     audit = read_json(path) if path.is_file() else {}
     if not isinstance(audit, dict) or not isinstance(audit.get("label_names", {}), dict):
         raise UserError(f"{path} is damaged; delete it and run the same prepare or discover --data again.")
+    check_schema(path, audit.get("schema", SCHEMA), SCHEMA)
     return audit
 
 
@@ -226,11 +227,7 @@ def _open(file: Path) -> tuple[Any, dict[str, Any], np.ndarray]:
     if not intact:
         raise _damaged(file)
     meta = json.loads(text)
-    if meta["schema"] != SCHEMA:
-        raise UserError(
-            f"{file} is of store schema {meta['schema']}, this version reads {SCHEMA}; "
-            "remove the store and make it anew with: python -m genesis.prepare"
-        )
+    check_schema(file, meta["schema"], SCHEMA)
     return array, meta, np.frombuffer(crc32, "<u4")
 
 

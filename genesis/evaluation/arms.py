@@ -106,6 +106,7 @@ class Experiment:
     def _train(self, arm: str, labels: int, seed: int, rate: float) -> None:
         folder = self.sub_run(arm, labels, seed, rate)
         if (folder / "trained.json").exists():
+            (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)  # killed before it was removed
             return
         settings = self.settings
         cases = choose(self.splits.train, labels, seed)
