@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ._version import __version__
-from .engine.ranks import first_to_fail
+from .engine.ranks import first_to_fail, lost_a_process
 from .errors import UserError
 
 VERBS = {
@@ -87,11 +87,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(f"genesis {options.verb}: {error}", 2)
     except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        what = f"{error.filename or 'writing a file'}: {error.strerror or error}"
         _fail(f"genesis {options.verb}: {what}; mend that and repeat; what was written before stays valid.", 2)
     except KeyboardInterrupt:
         _fail(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", 130)
-    except Exception:
+    except Exception as error:
+        from .engine.memory import is_out_of_memory  # imports torch, as the verb did
+
+        kept = "what was written before stays valid"
+        if is_out_of_memory(error):
+            _fail(f"genesis {options.verb}: no memory left; ask for less or free some, and repeat; {kept}.", 2)
+        if lost_a_process(error):  # said by every survivor: the first to fail cannot speak
+            again = "see what it said, and start all of them again with the same command"
+            print(f"genesis {options.verb}: another of the processes died; {again}; {kept}.", file=sys.stderr)
+            sys.exit(2)
         if not first_to_fail():
             sys.exit(1)
         raise

@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import UserError
 
+_SEAL = "seal"
+
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -36,8 +38,23 @@ def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
         _sync(aside)
         os.replace(aside, path)
         _sync(path.parent)
+    except (OSError, UserError):
+        raise
+    except Exception:
+        _write_more(aside)
+        raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _write_more(file: Path) -> None:
+    """Raise `OSError` where the disk, a quota or a limit is the reason why a library's writing failed.
+
+    blosc2, safetensors and torch then raise errors of their own, which do not tell.
+    """
+    with file.open("ab") as stream:
+        stream.write(bytes(1 << 16))
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -104,17 +121,35 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON aside and rename it."""
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write indented JSON aside and rename it.
+
+    sealed: an object gets a last entry with the checksum of the others, for files that no `SHA256SUMS` covers.
+    """
     with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        aside.write_text(_json(_sealed(value) if sealed else value), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or broken file is a `UserError` that names it."""
+    """Read JSON, without its seal; a missing or broken file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON, it is damaged perhaps: {error}.") from None
+    name, seal = list(value.items())[-1] if isinstance(value, dict) and value else ("", "")
+    if name == _SEAL or str(seal).startswith("sha256:"):  # either tells of a seal: one of them may be damaged
+        del value[name]
+        if text != _json(_sealed(value)):
+            raise UserError(f"{path} is damaged: it does not match its checksum; restore it from a copy.")
+    return value
+
+
+def _sealed(value: dict[str, Any]) -> dict[str, Any]:
+    return {**value, _SEAL: f"sha256:{hashlib.sha256(_json(value).encode()).hexdigest()}"}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"

@@ -32,6 +32,7 @@ from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
 from .files import read_json, sha256, write_aside, write_json
 from .models import build_described
 from .prepare import prepare
+from .runs import SCHEMA
 from .weights import Card, find_package, load_into, read_card
 from .workspace import Workspace
 
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     write_results(experiment, scores, arms)
     largest = [score for score in scores if (score.arm, score.labels) == (PRETRAINED, max(counts))]
     experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
-    write_json(experiment.folder / "run.json", {**record, "status": "finished"})
+    write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
     print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
 
@@ -175,6 +176,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     """Begin the run, or go on with it. Raises `UserError` when it was begun with other data, weights or settings."""
     task = experiment.task
     record = {
+        "schema": SCHEMA,
         "kind": "finetune",
         "dim": f"{config.spatial_dims}d",
         "method": task.kind,
@@ -199,7 +201,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     with write_aside(experiment.folder / "config.yaml") as aside:
         aside.write_text(config.dump(), encoding="utf-8")
     record |= {"seed": seed, "status": "running"}
-    write_json(path, record)
+    write_json(path, record, sealed=True)
     return record
 
 

@@ -42,7 +42,7 @@ class Run:
         """config.yaml and run.json; `status` is "running", "stopped" or "finished"."""
         with write_aside(self.folder / "config.yaml") as aside:
             aside.write_text(self.config.dump(), encoding="utf-8")
-        write_json(self.folder / "run.json", {**self.record, "status": status})
+        write_json(self.folder / "run.json", {**self.record, "status": status}, sealed=True)
 
 
 def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:

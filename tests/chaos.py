@@ -29,7 +29,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-import genesis.discover
+import genesis.discover  # noqa: F401  loaded before the forks, as the others
 import genesis.export
 import genesis.finetune
 import genesis.prepare

@@ -129,7 +129,7 @@ class Experiment:
             title=f"{arm}, {labels} labelled cases, seed {seed}, learning rate {rate:g}",
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
-        write_json(folder / "trained.json", {"loss": loss, "step": result.best_step})
+        write_json(folder / "trained.json", {"loss": loss, "step": result.best_step}, sealed=True)
         (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)
 
     def _score(self, arm: str, labels: int, seed: int, rate: float) -> Score:
@@ -140,7 +140,7 @@ class Experiment:
             tested = self.task.test(method, self.splits.test, self.device)
             with write_aside(folder / "slices.npz") as aside, aside.open("wb") as stream:
                 np.savez_compressed(stream, **tested.slices)  # type: ignore[arg-type]
-            write_json(folder / "test.json", {"values": tested.values, "cases": tested.cases})
+            write_json(folder / "test.json", {"values": tested.values, "cases": tested.cases}, sealed=True)
         validation = read_json(folder / "trained.json")["loss"]
         return Score(arm, labels, seed, rate, validation, read_json(folder / "test.json")["values"])
 
