@@ -29,10 +29,10 @@ from .evaluation.arms import PRETRAINED, SCRATCH, Experiment
 from .evaluation.cases import labelled_cases, report_cases, split_cases, training_counts
 from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
-from .files import read_json, sha256, write_aside, write_json
+from .files import sha256, write_aside, write_json
 from .models import build_described
 from .prepare import prepare
-from .runs import SCHEMA
+from .runs import SCHEMA, read_run
 from .weights import Card, find_package, load_into, read_card
 from .workspace import Workspace
 
@@ -193,7 +193,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     }
     path = experiment.folder / "run.json"
     if path.is_file():
-        earlier = read_json(path)
+        earlier = read_run(experiment.folder)
         if changed := [name for name in record if earlier.get(name) != record[name]]:
             raise UserError(
                 f"The run {experiment.folder.name} has another {changed[0]}; pass --run NAME to begin a new one."

@@ -71,7 +71,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
         folder = workspace.new_run(name)
         if not (folder / "run.json").is_file():
             return Run(folder, config, record, found, begun=False)
-        earlier = read_json(folder / "run.json")
+        earlier = read_run(folder)
         same = all(earlier.get(key) == value for key, value in record.items())
         if same and (options.run or earlier["status"] != "finished") and _config(folder) == config:
             return Run(folder, config, record, found, begun=True)
@@ -83,8 +83,7 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
     if options.config or options.overrides:
         raise UserError("--resume goes on in the run's own config; --config and --set belong to a new run.")
     folder = workspace.run(options.run, "train")
-    record = read_json(folder / "run.json")
-    check_schema(folder / "run.json", record.get("schema", SCHEMA), SCHEMA)
+    record = read_run(folder)
     if record["dim"] != options.dim:
         raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
     config = _config(folder, _steps(options))
@@ -101,6 +100,13 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             "start a new run without --resume."
         )
     return Run(folder, config, record, found, begun=True)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run. Raises `UserError` when it is damaged or newer."""
+    record = read_json(folder / "run.json")
+    check_schema(folder / "run.json", record.get("schema", SCHEMA), SCHEMA)
+    return record
 
 
 def _config(folder: Path, values: dict[str, Any] | None = None) -> Config:

@@ -29,12 +29,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-import genesis.discover  # noqa: F401  loaded before the forks, as the others
-import genesis.export
-import genesis.finetune
-import genesis.prepare
-import genesis.train
-from genesis import cli
+from genesis import cli, discover, export, finetune, prepare, train  # noqa: F401  the verbs, before the forks
 from genesis.data.phantom import Acquisition, phantom
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.seeding import generator

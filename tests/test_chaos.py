@@ -32,7 +32,7 @@ def test_the_death_of_a_rank_ends_the_other_and_the_pair_goes_on(tmp_path: Path)
         undisturbed(verb, pipeline[verb], tmp_path)
 
     def pair(name: str) -> list[subprocess.Popen[str]]:
-        training = [*pipeline["train"][2:], "--set", "train.steps=60", "--set", "train.patience=null"]
+        training = [*pipeline["train"][2:], "--set", "train.steps=60", "--set", "train.patience=1000"]
         common = ("--workspace", str(workspace), "--device", "cpu")
         return start_srun("-m", "genesis.train", *common, "--run", name, *training)
 

@@ -66,10 +66,13 @@ def test_a_flipped_bit_is_noticed_and_named(kind: str, root: Path) -> None:
         place = source.integers(len(whole))
         flipped[place] ^= 1 << source.integers(8)
         file.write_bytes(flipped)
+        message, got = "", None
         try:
             got = read(file)
         except UserError as fault:
-            assert file.stem in str(fault)
+            message = str(fault)
+        if message:
+            assert file.stem in message
         else:  # blosc2 has bytes of no meaning around the checked ones
             assert isinstance(wanted, np.ndarray), f"{file.name}, byte {place}, is not checked"
             assert np.array_equal(got, wanted), f"{file.name}, byte {place}: other voxels"
@@ -78,7 +81,7 @@ def test_a_flipped_bit_is_noticed_and_named(kind: str, root: Path) -> None:
 
 def limited(root: Path, verb: str, limits: str) -> tuple[int, str]:
     """A verb in a process with limits, as `resource` has them."""
-    code = f"import resource, sys; from genesis import cli; {limits}; cli.main(sys.argv[1:])"
+    code = f"import resource, sys; from genesis import cli, {verb}; {limits}; cli.main(sys.argv[1:])"
     arguments = [verb, "--workspace", str(root / "workspace"), "--device", "cpu", *commands(root)[verb]]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
@@ -95,7 +98,7 @@ def said(root: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> str:
     return error.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("verb", "size"), [("prepare", 4000), ("discover", 3000), ("train", 20_000), ("export", 8000)])
+@pytest.mark.parametrize(("verb", "size"), [("prepare", 1000), ("discover", 3000), ("train", 20_000), ("export", 2000)])
 def test_a_limit_of_file_sizes_as_a_quota(
     verb: str,
     size: int,
@@ -135,7 +138,7 @@ def test_a_full_disk(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert read_checkpoint(runs / "run" / "checkpoints" / "last.pt")["step"] == 6
         assert not [name for name, digest in contents(workspace).items() if digest == "left over"]
     finally:
-        subprocess.run(["umount", str(runs)], check=True)
+        subprocess.run(["umount", "-l", str(runs)], check=True)
 
 
 def test_a_read_only_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +149,7 @@ def test_a_read_only_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> N
     try:
         assert "Read-only file system" in said(root, "export", capsys)
     finally:
-        subprocess.run(["umount", str(weights)], check=True)
+        subprocess.run(["umount", "-l", str(weights)], check=True)
     run(root, "export")
 
 
