@@ -79,10 +79,10 @@ def test_a_flipped_bit_is_noticed_and_named(kind: str, root: Path) -> None:
         file.write_bytes(whole)
 
 
-def limited(root: Path, verb: str, limits: str) -> tuple[int, str]:
+def limited(root: Path, verb: str, limits: str, *more: str) -> tuple[int, str]:
     """A verb in a process with limits, as `resource` has them."""
     code = f"import resource, sys; from genesis import cli, {verb}; {limits}; cli.main(sys.argv[1:])"
-    arguments = [verb, "--workspace", str(root / "workspace"), "--device", "cpu", *commands(root)[verb]]
+    arguments = [verb, "--workspace", str(root / "workspace"), "--device", "cpu", *commands(root)[verb], *more]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
@@ -113,6 +113,8 @@ def test_a_limit_of_file_sizes_as_a_quota(
         {"prepare": "store", "discover": "discovery", "train": "runs", "export": "weights"},
     )
     shutil.rmtree(workspace / made[verb])
+    if verb == "prepare":
+        (workspace / "case_map.csv").unlink()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -155,7 +157,10 @@ def test_a_read_only_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.slow
 def test_no_memory(root: Path) -> None:
-    limit = "m = int(open('/proc/self/statm').read().split()[0]) * 4096 + 3 * 10**8; "
-    code, error = limited(root, "discover", limit + "resource.setrlimit(resource.RLIMIT_AS, (m, m))")
+    shutil.rmtree(root / "workspace" / "runs")
+    limit = "m = int(open('/proc/self/statm').read().split()[0]) * 4096 + 5 * 10**8; "
+    limit += "resource.setrlimit(resource.RLIMIT_AS, (m, m))"
+    code, error = limited(root, "train", limit, "--set", "train.batch_size=8192")
     assert code == 2, error
-    assert "no memory left" in error.splitlines()[-1]
+    assert "memory" in error.splitlines()[-1]
+    run(root, "train")
