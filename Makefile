@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BENCHMARKS = corruption store prepare training nearest_patients cost_against_size
 
-.PHONY: demo test test-all bench bench-gpu lint types
+.PHONY: demo test test-all test-lowest chaos bench bench-gpu lint types
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,17 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+# Once, in an environment of its own, with the lowest versions that setup.cfg admits; torch is that of constraints.txt.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
+	grep '^torch==' constraints.txt >> .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+chaos: .venv/installed
+	$(BIN)/python tests/chaos.py
 
 # Each writes benchmarks/results/NAME.json; about eight minutes on two quiet cores.
 bench: .venv/installed

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ._version import __version__
-from .engine.ranks import first_to_fail, is_first
+from .engine.ranks import first_to_fail, is_first, lost_a_process
 from .errors import UserError
 from .workspace import Workspace
 
@@ -95,13 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _fail(f"genesis {options.verb}: {error}", 2)
     except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        what = f"{error.filename or 'writing a file'}: {error.strerror or error}"
         _fail(f"genesis {options.verb}: {what}; mend that and repeat; what was written before stays valid.", 2)
     except KeyboardInterrupt as stop:
         again = shlex.join(["python", "-m", f"genesis.{options.verb}", *argv[1:]])
         said = f"genesis {options.verb}: interrupted; what was written stays valid. Go on with:\n{again}"
         _fail(said, interrupted_code(stop))
-    except Exception:
+    except Exception as error:
+        from .engine.memory import is_out_of_memory  # imports torch, as the verb did
+
+        kept = "what was written before stays valid"
+        if is_out_of_memory(error):
+            _fail(f"genesis {options.verb}: no memory left; ask for less or free some, and repeat; {kept}.", 2)
+        if lost_a_process(error):  # said by every survivor: the first to fail cannot speak
+            again = "see what it said, and start all of them again with the same command"
+            print(f"genesis {options.verb}: another of the processes died; {again}; {kept}.", file=sys.stderr)
+            sys.exit(2)
         if not first_to_fail():
             sys.exit(1)
         raise

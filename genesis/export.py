@@ -13,8 +13,8 @@ from .config import Config, load_config
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
 from .errors import UserError
-from .files import read_json
 from .network import configured_network
+from .runs import read_run
 from .weights import CohortCard, DataCard, PretrainingCard, write_package
 from .workspace import Workspace
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     name = options.name or folder.name
     if name in (".", "..") or "/" in name or "\\" in name:
         raise UserError(f"--name {name}: a package's name has no slashes; it goes to {workspace.weights}.")
-    record = read_json(folder / "run.json")
+    record = read_run(folder)
     checkpoint = read_checkpoint(folder / "checkpoints" / f"{options.checkpoint}.pt")
     config = load_config(str(folder / "config.yaml"))
     backbone = configured_network(config, record["in_channels"])

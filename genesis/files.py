@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import UserError
 
+_SEAL = "seal"
+
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -22,9 +24,13 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed."""
+    """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed.
+
+    Its name is always the same, hidden one, so that what a killed process left is replaced by the next that writes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part")
+    aside.unlink(missing_ok=True)
     try:
         yield aside
         if mode is not None:
@@ -32,32 +38,49 @@ def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
         _sync(aside)
         os.replace(aside, path)
         _sync(path.parent)
+    except (OSError, UserError):
+        raise
+    except Exception:
+        _write_more(aside)
+        raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _write_more(file: Path) -> None:
+    """Raise `OSError` where the disk, a quota or a limit is the reason why a library's writing failed.
+
+    blosc2, safetensors and torch then raise errors of their own, which do not tell.
+    """
+    with file.open("ab") as stream:
+        stream.write(bytes(1 << 16))
+        os.fsync(stream.fileno())
 
 
 @contextmanager
 def write_folder_aside(path: Path) -> Iterator[Path]:
     """Like `write_aside` for a whole folder, to which a `SHA256SUMS` is added; an existing folder is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
+    for left in (aside, old):
+        if left.exists():
+            shutil.rmtree(left)
     aside.mkdir()
     try:
         yield aside
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        content = sorted(aside.rglob("*"))
+        files = [p for p in content if p.is_file()]
         sums = "".join(f"{sha256(p)}  {p.relative_to(aside).as_posix()}\n" for p in files)
         (aside / "SHA256SUMS").write_text(sums, encoding="utf-8")
-        for file in (*files, aside / "SHA256SUMS"):
-            _sync(file)
+        for written in (*content, aside / "SHA256SUMS", aside):
+            _sync(written)
         if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
+        os.replace(aside, path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -82,23 +105,51 @@ def verify_folder(folder: Path, *names: str) -> None:
             raise UserError(f"{file} is damaged or missing (its checksum does not match); make {folder} anew.")
 
 
+def check_schema(path: Path, schema: Any, newest: int) -> None:
+    """Raise `UserError` for an artefact that a newer genesis wrote, or that does not say which."""
+    if not isinstance(schema, int):
+        raise UserError(f"{path} is damaged: it does not say of which schema it is.")
+    if schema > newest:
+        raise UserError(
+            f"{path} was written by a newer genesis (schema {schema}; this one reads up to {newest}): update genesis."
+        )
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON aside and rename it."""
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write indented JSON aside and rename it.
+
+    sealed: an object gets a last entry with the checksum of the others, for files that no `SHA256SUMS` covers.
+    """
     with write_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        aside.write_text(_json(_sealed(value) if sealed else value), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or broken file is a `UserError` that names it."""
+    """Read JSON, without its seal; a missing or broken file is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON, it is damaged perhaps: {error}.") from None
+    name, seal = list(value.items())[-1] if isinstance(value, dict) and value else ("", "")
+    if name == _SEAL or str(seal).startswith("sha256:"):  # either tells of a seal: one of them may be damaged
+        del value[name]
+        if text != _json(_sealed(value)):
+            raise UserError(f"{path} is damaged: it does not match its checksum; restore it from a copy.")
+    return value
+
+
+def _sealed(value: dict[str, Any]) -> dict[str, Any]:
+    return {**value, _SEAL: f"sha256:{hashlib.sha256(_json(value).encode()).hexdigest()}"}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"

@@ -29,9 +29,10 @@ from .evaluation.arms import PRETRAINED, SCRATCH, Experiment
 from .evaluation.cases import labelled_cases, report_cases, split_cases, training_counts
 from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
-from .files import read_json, sha256, write_aside, write_json
+from .files import sha256, write_aside, write_json
 from .models import build_described
 from .prepare import prepare
+from .runs import SCHEMA, read_run
 from .weights import Card, find_package, load_into, read_card
 from .workspace import Workspace
 
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     write_results(experiment, scores, arms)
     largest = [score for score in scores if (score.arm, score.labels) == (PRETRAINED, max(counts))]
     experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
-    write_json(experiment.folder / "run.json", {**record, "status": "finished"})
+    write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
     print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
 
@@ -175,6 +176,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     """Begin the run, or go on with it. Raises `UserError` when it was begun with other data, weights or settings."""
     task = experiment.task
     record = {
+        "schema": SCHEMA,
         "kind": "finetune",
         "dim": f"{config.spatial_dims}d",
         "method": task.kind,
@@ -191,7 +193,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     }
     path = experiment.folder / "run.json"
     if path.is_file():
-        earlier = read_json(path)
+        earlier = read_run(experiment.folder)
         if changed := [name for name in record if earlier.get(name) != record[name]]:
             raise UserError(
                 f"The run {experiment.folder.name} has another {changed[0]}; pass --run NAME to begin a new one."
@@ -199,7 +201,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
     with write_aside(experiment.folder / "config.yaml") as aside:
         aside.write_text(config.dump(), encoding="utf-8")
     record |= {"seed": seed, "status": "running"}
-    write_json(path, record)
+    write_json(path, record, sealed=True)
     return record
 
 

@@ -15,6 +15,7 @@ With --scheduler the workers of a Dask cluster read; all of them must see SCANS 
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from .data.case_map import CaseMap, Row
 from .data.cluster import cluster
 from .data.cohort import Case, Cohort, find_cases
 from .data.intake import hashed
-from .data.store import Modality, read_audit
+from .data.store import INCOMING, Modality, read_audit
 from .data.update import Reading, update_store
 from .errors import UserError
 from .workspace import Workspace
@@ -129,6 +130,7 @@ def prepare(
         raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
     audit = Audit.of(metas, case_map.rows.values(), excluded=excluded, label_names=names, sample=sample)
     audit.write(store / "audit.json")
+    shutil.rmtree(store / INCOMING)
     print(audit)
     for row in faults:
         if row.misfit:

@@ -1,6 +1,8 @@
 """Which run a training belongs to: a new one that a config describes, or an earlier one to go on with."""
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ from .data.pseudo_labels import PseudoLabels
 from .data.store import VolumeStore
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
-from .files import read_json, verify_folder, write_aside, write_json
+from .files import check_schema, read_json, verify_folder, write_aside, write_json
 from .workspace import Workspace
+
+SCHEMA = 1  # of run.json
+DISCOVERY_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -25,32 +30,28 @@ class Discovered:
 
 @dataclass(frozen=True)
 class Run:
-    """A training's folder, config, record (run.json) and data."""
+    """A training's folder, config, record (run.json) and data; `begun`: it goes on from its last checkpoint."""
 
     folder: Path
     config: Config
     record: dict[str, Any]
     found: Discovered
+    begun: bool
 
     def write(self, status: str) -> None:
         """config.yaml and run.json; `status` is "running", "stopped" or "finished"."""
         with write_aside(self.folder / "config.yaml") as aside:
             aside.write_text(self.config.dump(), encoding="utf-8")
-        write_json(self.folder / "run.json", {**self.record, "status": status})
+        write_json(self.folder / "run.json", {**self.record, "status": status}, sealed=True)
 
 
 def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
-    """A new run; nothing is written."""
+    """A new run, or the one that the same command began and did not finish; nothing is written."""
     found = _discovered(workspace, int(options.dim[0]))
     config = _configure(options, found)
-    name = options.run or _free_name(workspace, Path(options.config or f"{options.method}_{options.dim}").stem)
-    folder = workspace.new_run(name)
-    if folder.exists():
-        raise UserError(
-            f"There is a run {name} in {workspace.runs}; go on with it by --resume, or choose another --run."
-        )
     seen = [meta for meta in found.store if meta.split != "test"]
     record = {
+        "schema": SCHEMA,
         "kind": "train",
         "dim": options.dim,
         "method": config.method.name,
@@ -65,7 +66,16 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             "volumes": sorted(meta.volume for meta in seen),
         },
     }
-    return Run(folder, config, record, found)
+    stem = options.run or Path(options.config or f"{options.method}_{options.dim}").stem
+    for name in (stem,) if options.run else _numbered(stem):
+        folder = workspace.new_run(name)
+        if not (folder / "run.json").is_file():
+            return Run(folder, config, record, found, begun=False)
+        earlier = read_run(folder)
+        same = all(earlier.get(key) == value for key, value in record.items())
+        if same and (options.run or earlier["status"] != "finished") and _config(folder) == config:
+            return Run(folder, config, record, found, begun=True)
+    raise UserError(f"There is a run {stem} in {workspace.runs}; go on with it by --resume, or choose another --run.")
 
 
 def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
@@ -73,13 +83,14 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
     if options.config or options.overrides:
         raise UserError("--resume goes on in the run's own config; --config and --set belong to a new run.")
     folder = workspace.run(options.run, "train")
-    record = read_json(folder / "run.json")
+    record = read_run(folder)
     if record["dim"] != options.dim:
         raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
-    config = load_config(str(folder / "config.yaml"), values=_steps(options))
+    config = _config(folder, _steps(options))
     checkpoints = folder / "checkpoints"
     newest = newest_intact(checkpoints)
-    if newest is None and (checkpoints / "best.pt").is_file():
+    killed = record["status"] == "running"  # perhaps before the first checkpoint was whole
+    if newest is None and not killed and (checkpoints / "best.pt").is_file():
         raise UserError(
             f"{checkpoints / 'last.pt'} is missing, so {folder.name} cannot go on; "
             "export what it has, or start a new run."
@@ -92,7 +103,18 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             f"The pseudo-labels were made anew since {folder} started, so it cannot go on; "
             "start a new run without --resume."
         )
-    return Run(folder, config, record, found)
+    return Run(folder, config, record, found, begun=True)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run. Raises `UserError` when it is damaged or newer."""
+    record = read_json(folder / "run.json")
+    check_schema(folder / "run.json", record.get("schema", SCHEMA), SCHEMA)
+    return record
+
+
+def _config(folder: Path, values: dict[str, Any] | None = None) -> Config:
+    return load_config(str(folder / "config.yaml"), values=values)
 
 
 def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
@@ -102,6 +124,7 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
     verify_folder(folder, "discovery.json", "pseudo_labels.csv")
     record = read_json(folder / "discovery.json")
+    check_schema(folder / "discovery.json", record.get("schema"), DISCOVERY_SCHEMA)
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
     moved = {v for v, split in zip(table.volume, table.split, strict=True) if now.get(v, split) != split}
@@ -136,6 +159,6 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
     return {} if options.steps is None else {"train.steps": options.steps}
 
 
-def _free_name(workspace: Workspace, stem: str) -> str:
-    names = (stem, *(f"{stem}-{number}" for number in range(2, 10**6)))
-    return next(name for name in names if not (workspace.runs / name).exists())
+def _numbered(stem: str) -> Iterator[str]:
+    yield stem
+    yield from (f"{stem}-{number}" for number in itertools.count(2))

@@ -6,7 +6,8 @@ One encoder learns to tell the pseudo-label of a corrupted patch and, together w
 Held-out patients judge it every so many steps; training stops early when they see no more progress.
 
 The run is a folder, runs/NAME: config.yaml, metrics.jsonl, tensorboard/, figures/ and checkpoints/ with the best and
-the last step. A run that was stopped goes on with --resume, on the CPU to the same bits as if it had not been stopped.
+the last step. A run that was stopped or killed goes on when the same command is given again, or with --resume, on the
+CPU to the same bits as if it had not been stopped.
 
 Several devices: torchrun --nproc-per-node 2 -m genesis.train -- --run NAME. The lone -- keeps torchrun, with options of
 its own that begin with --run, from taking --run as its own.
@@ -117,9 +118,11 @@ def run(options: argparse.Namespace) -> None:
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
-    how |= {"patience": config.train.patience, "resume": options.resume, "profile": options.profile}
+    how |= {"patience": config.train.patience, "resume": this.begun, "profile": options.profile}
     result = _fit(this, method, train, how, fabric, again)
     if not isfinite(result.best_loss):
+        if fabric.is_global_zero:
+            this.write("finished")
         raise UserError(
             f"The training of {this.folder.name} diverged: no validation had a finite loss; "
             "lower train.optimizer.learning_rate."
@@ -127,18 +130,19 @@ def run(options: argparse.Namespace) -> None:
     if fabric.is_global_zero:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
         _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
+        this.write("finished")
         print(_summary(result))
         print(f"The run is in {this.folder}; next: {command(options, 'export')}")
 
 
 def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", again: str) -> FitResult:
-    """Train, and keep the run's status up to date; a new run that fails at once leaves nothing."""
+    """Train, and note in the run when it is stopped; a new run that fails at once leaves nothing."""
     status = "stopped"
     if fabric.is_global_zero:
         this.write("running")
     try:
         result = fit(method, train, folder=this.folder, title="training", **how)
-        status = "finished"
+        status = "running"  # until the figures are drawn, too
         return result
     except KeyboardInterrupt as stop:
         fabric.print(f"Stopped; go on with:\n{again}")

@@ -22,10 +22,15 @@ def torchrun_of_two_nodes(*arguments: str) -> list[tuple[int, str]]:
 
 def srun(*arguments: str) -> list[tuple[int, str]]:
     """Two tasks with the variables that SLURM sets."""
+    return end(start_srun(*arguments))
+
+
+def start_srun(*arguments: str) -> list[subprocess.Popen[str]]:
+    """The same, running."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
            "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
            "MASTER_PORT": str(_free_port())}  # fmt: skip
-    return _run(
+    return _start(
         [([sys.executable, *arguments], {**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")]
     )
 
@@ -35,7 +40,11 @@ _AGENT = [sys.executable, "-m", "torch.distributed.run"]
 
 def _run(commands: list[tuple[list[str], dict[str, str]]]) -> list[tuple[int, str]]:
     """Run them side by side."""
-    started = [
+    return end(_start(commands))
+
+
+def _start(commands: list[tuple[list[str], dict[str, str]]]) -> list[subprocess.Popen[str]]:
+    return [
         subprocess.Popen(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
@@ -45,6 +54,10 @@ def _run(commands: list[tuple[list[str], dict[str, str]]]) -> list[tuple[int, st
         )
         for command, variables in commands
     ]
+
+
+def end(started: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Wait for them; exit codes and everything that was printed."""
     try:
         return [(process.wait(LIMIT), process.communicate()[0]) for process in started]
     finally:

@@ -84,7 +84,7 @@ class Audit:
         )
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_json(path, asdict(self), sealed=True)
 
     def __str__(self) -> str:
         def axes(spread: Spread) -> str:

@@ -27,7 +27,7 @@ import blosc2
 import numpy as np
 
 from ..errors import UserError
-from ..files import read_json, write_aside
+from ..files import check_schema, read_json, write_aside
 
 SCHEMA = 1
 INCOMING = ".incoming"  # in a store into which scans are being read
@@ -99,6 +99,7 @@ def read_audit(store: Path) -> dict[str, Any]:
     audit = read_json(path) if path.is_file() else {}
     if not isinstance(audit, dict) or not isinstance(audit.get("label_names", {}), dict):
         raise UserError(f"{path} is damaged; delete it and run the same prepare or discover --data again.")
+    check_schema(path, audit.get("schema", SCHEMA), SCHEMA)
     return audit
 
 
@@ -260,11 +261,7 @@ def _open(file: Path) -> tuple[Any, str, np.ndarray]:
         intact = False
     if not intact:
         raise _damaged(file)
-    if (schema := json.loads(text)["schema"]) != SCHEMA:
-        raise UserError(
-            f"{file} is of store schema {schema}, this version reads {SCHEMA}; "
-            "remove the store and make it anew with: python -m genesis.prepare"
-        )
+    check_schema(file, json.loads(text)["schema"], SCHEMA)
     return array, text, np.frombuffer(crc32, "<u4")
 
 

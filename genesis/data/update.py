@@ -59,7 +59,7 @@ def update_store(
     `workers` is the number of processes of this machine (None: one per core), or a Dask cluster.
     Of the other rows of the case map `kept` stay, and so do their volumes; volumes without a row are removed. Where
     none of `cases` can be used, the store stays as it was, and nothing is returned. When it is interrupted, what was
-    read is kept, and the next call goes on.
+    read is kept, and the next call goes on. The caller removes `INCOMING` once all else of the store is written.
     """
     before = case_map.rows
     rows = {row.path: row for row in kept}
@@ -80,8 +80,9 @@ def update_store(
         Task(_anywhere(case), reading.modality_of(case), reading.channels, splits[case.patient], folder, reading.key)
         for case, folder in ((found[path], place / str(number)) for number, path in enumerate(todo))
     ]
-    shutil.rmtree(store / INCOMING, ignore_errors=True)
-    (store / INCOMING).mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)  # from here to the end of `prepare` nobody else reads the store
+    for left in place.iterdir():
+        shutil.rmtree(left)
     case_map.rows = rows = rows | settled
     taken = {row.id for row in rows.values() if not row.reason}
     if workers is None or isinstance(workers, int):
@@ -119,7 +120,6 @@ def update_store(
         if file.stem not in metas:
             remove_volume(store, file.stem)
     case_map.write()
-    shutil.rmtree(store / INCOMING)
     return [metas[volume] for volume in sorted(metas)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..files import write_aside
+from ..files import check_schema, write_aside
 
 SCHEMA = 1
 _DIGEST_LENGTH = 64  # characters of a hexadecimal SHA-256
@@ -41,8 +41,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "or start a new run with another --run NAME."
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["schema"] > SCHEMA:
-        raise UserError(f"The checkpoint {path} was written by a newer genesis; update genesis to read it.")
+    check_schema(path, state["schema"], SCHEMA)
     return state
 
 

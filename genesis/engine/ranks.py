@@ -81,6 +81,12 @@ def first_to_fail() -> bool:
         return is_first()
 
 
+def lost_a_process(error: Exception) -> bool:
+    """Whether the connection to another of the processes broke, because it died or its machine did."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process has terminated")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 @cache
 def _patient_group() -> Any:
     """On the CPU, where waiting costs nothing and needs no card."""

@@ -113,6 +113,7 @@ class Experiment:
     def _train(self, arm: str, labels: int, seed: int, rate: float) -> None:
         folder = self.sub_run(arm, labels, seed, rate)
         if (folder / "trained.json").exists():
+            (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)  # killed before it was removed
             return
         settings = self.settings
         cases = choose(self.splits.train, labels, seed)
@@ -135,7 +136,7 @@ class Experiment:
             title=f"{arm}, {labels} labelled cases, seed {seed}, learning rate {rate:g}",
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
-        write_json(folder / "trained.json", {"loss": loss, "step": result.best_step})
+        write_json(folder / "trained.json", {"loss": loss, "step": result.best_step}, sealed=True)
         for name in ("last.pt", "previous.pt"):
             (folder / "checkpoints" / name).unlink(missing_ok=True)
 
@@ -147,7 +148,7 @@ class Experiment:
             tested = self.task.test(method, self.splits.test, self.device)
             with write_aside(folder / "slices.npz") as aside, aside.open("wb") as stream:
                 np.savez_compressed(stream, **tested.slices)  # type: ignore[arg-type]
-            write_json(folder / "test.json", {"values": tested.values, "cases": tested.cases})
+            write_json(folder / "test.json", {"values": tested.values, "cases": tested.cases}, sealed=True)
         validation = read_json(folder / "trained.json")["loss"]
         return Score(arm, labels, seed, rate, validation, read_json(folder / "test.json")["values"])
 

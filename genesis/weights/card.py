@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._version import __version__
 from ..errors import UserError
-from ..files import read_json
+from ..files import check_schema, read_json
 
 SCHEMA = 1
 
@@ -98,11 +98,7 @@ def read_card(folder: Path | str) -> Card:
             f"There is no weights package at {folder} (no card.json there); make one with: python -m genesis.export"
         )
     tree = read_json(path)
-    version = tree.get("schema") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA:
-        raise UserError(
-            f"{path} was written by a newer genesis (schema {version}; this one reads up to {SCHEMA}): update genesis."
-        )
+    check_schema(path, tree.get("schema") if isinstance(tree, dict) else None, SCHEMA)
     try:
         return Card.model_validate(tree)
     except ValidationError as error:

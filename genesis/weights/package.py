@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import verify_folder, write_folder_aside, write_json
+from ..files import verify_folder, write_aside, write_folder_aside, write_json
 from ..models import Backbone, PublishedUNet, build_described, wrap
 from ..workspace import Workspace
 from .card import Card, DataCard, FingerprintCard, KeysCard, NetworkCard, PretrainingCard, TaskCard, read_card
@@ -93,9 +93,11 @@ def write_package(
     )
     state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     with write_folder_aside(folder) as aside:
-        save_file(state, aside / "weights.safetensors", metadata={"format": "pt"})
+        with write_aside(aside / "weights.safetensors") as file:
+            save_file(state, file, metadata={"format": "pt"})
         if head is not None:
-            save_file({key: tensor.cpu().contiguous() for key, tensor in head.items()}, aside / "head.safetensors")
+            with write_aside(aside / "head.safetensors") as file:
+                save_file({key: tensor.cpu().contiguous() for key, tensor in head.items()}, file)
         write_json(aside / "card.json", card.model_dump(mode="json", by_alias=True))
         (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride), encoding="utf-8")
         _build(_contents(aside, read_card(aside)), aside)
