@@ -42,7 +42,7 @@ TINY = [
 ]  # fmt: skip
 NETWORK = ["network.channels=[4,8]", "network.strides=[2]", "network.num_res_units=1"]
 TRAINING = [
-    *NETWORK, "train.batch_size=2", "train.steps=6", "train.validate_every=2", "train.validation_samples=2",
+    "train.batch_size=2", "train.steps=6", "train.validate_every=2", "train.validation_samples=2",
     "train.optimizer.warmup_steps=0", "train.workers=0",
 ]  # fmt: skip
 FINETUNING = [
@@ -59,8 +59,8 @@ def commands(root: Path) -> dict[str, list[str]]:
 
     return {
         "prepare": ["--data", str(root / "scans.csv"), "--modality", "ct", "--workers", "1"],
-        "discover": settings(*TINY),
-        "train": ["--run", "run", *settings(*TRAINING)],
+        "discover": settings(*TINY, *NETWORK),
+        "train": ["--run", "run", *settings(*NETWORK, *TRAINING)],
         "export": ["--run", "run"],
         "finetune": ["--labels", "2", "--run", "tuned", *settings(*FINETUNING)],
     }
