@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all lint types
+.PHONY: demo test test-all fuzz lint types
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	GENESIS_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

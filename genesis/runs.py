@@ -11,6 +11,7 @@ from .data.store import VolumeStore
 from .engine.checkpoint import read_checkpoint
 from .errors import UserError
 from .files import read_json, verify_folder, write_aside, write_json
+from .weights import SeenVolume
 from .workspace import Workspace
 
 
@@ -63,6 +64,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             "key": workspace.id_key_hash(),
             "patients": sorted({meta.patient for meta in seen}),
             "volumes": sorted(meta.volume for meta in seen),
+            "seen": [one.model_dump() for one in SeenVolume.of(seen)],
         },
     }
     return Run(folder, config, record, found)

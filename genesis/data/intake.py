@@ -9,6 +9,7 @@ import numpy as np
 
 from .cohort import Case, Split, encoded
 from .foreground import bounding_box, foreground_mask
+from .likeness import likeness
 from .quantization import quantize
 from .scans import Quarantine, Scan, read_label_map, read_scan
 from .store import Box, Modality, Volume, VolumeMeta, write_volume
@@ -154,5 +155,7 @@ def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: byte
         labelled=case.labelled,
         target=case.target,
         values=(float(array.min()), float(array.max())),
+        content=hashed(b"", "voxels", layout, quantized.array.data),
+        likeness=likeness(array[0]),
     )
     return meta, quantized.array
