@@ -102,7 +102,11 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
     record = read_json(folder / "discovery.json")
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
-    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now.get(v, split) != split}
+    if strangers := set(table.volume.tolist()) - now.keys():
+        raise UserError(
+            f"The pseudo-labels name {len(strangers)} volumes that the store does not hold; make them anew with: {again}"
+        )
+    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now[v] != split}
     if moved:
         raise UserError(
             f"{len(moved)} volumes have moved to another split since the pseudo-labels were made (for instance "

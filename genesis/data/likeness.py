@@ -6,7 +6,10 @@ import numpy as np
 from scipy import fft
 
 CELLS = 32  # per axis, onto which the whole volume is averaged
-KEPT = {3: range(4, 10), 2: range(4, 16)}  # by number of axes: frequencies per axis below the stop, in all from the start
+KEPT = {
+    3: range(4, 10),
+    2: range(4, 16),
+}  # by number of axes: frequencies per axis below the stop, in all from the start
 # Measured (tests/test_overlap.py): copies differ in at most 8 % of the bits, 161 MRs of one small region among each
 # other in at least 24 %, 170 head-neck CTs in at least 20 %.
 SAME = 0.14

@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} is damaged (its checksum does not match): restore it from a copy, "
             "or start a new run with another --run NAME."
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise UserError(
+            f"The checkpoint {path} holds more than tensors and plain values; it is none of ours."
+        ) from None
     if state["schema"] > SCHEMA:
         raise UserError(f"The checkpoint {path} was written by a newer genesis; update genesis to read it.")
     return state
