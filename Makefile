@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
+BENCHMARKS = corruption store prepare training nearest_patients cost_against_size
 
-.PHONY: demo test test-all fuzz lint types
+.PHONY: demo test test-all fuzz bench bench-gpu lint types
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +24,16 @@ test-all: .venv/installed
 
 fuzz: .venv/installed
 	GENESIS_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+# Each writes benchmarks/results/NAME.json; about eight minutes on two quiet cores.
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# In any environment with a CUDA build of torch in which genesis can be imported; without network.
+bench-gpu:
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/corruption_cuda.py
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/training.py --device cuda
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -182,7 +182,7 @@ def load_config(
         _assign(tree, dotted, value)
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals:
+        if not equals or not dotted.strip():
             raise UserError(f"--set {override}: expected section.key=value, for instance --set train.steps=2000.")
         try:
             value = yaml.safe_load(text)
@@ -258,7 +258,8 @@ def _explain(error: ValidationError) -> str:
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    message = first["msg"].removeprefix("Value error, ")
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
 

@@ -46,7 +46,7 @@ from .files import sha256, write_folder_aside, write_json
 from .prepare import prepare
 from .progress import progress
 from .seeding import key
-from .viewing.discovery import draw_anchors, draw_classes
+from .viewing.discovery import draw_anchors, draw_classes, draw_neighbours
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def _discover(
     (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     (folder / "figures").mkdir()
     draw_classes(store, table, folder / "figures" / "classes.png", **look)
+    draw_neighbours(store, table, folder / "figures" / "neighbours.png", **step)
     draw_anchors(store, table, folder / "figures" / "anchors.png", **box, **step)
     places = torch.tensor([anchor.body for anchor in anchors])
     everyones = np.load(folder / "latents.npy", mmap_mode="r")

@@ -104,7 +104,7 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
     now = {meta.volume: meta.split for meta in store}
     if strangers := set(table.volume.tolist()) - now.keys():
         raise UserError(
-            f"The pseudo-labels name {len(strangers)} volumes that the store does not hold; make them anew with: {again}"
+            f"The pseudo-labels name {len(strangers)} volumes that are not in the store; make them anew with: {again}"
         )
     moved = {v for v, split in zip(table.volume, table.split, strict=True) if now[v] != split}
     if moved:

@@ -1,5 +1,6 @@
 """Small DICOM series, written by SimpleITK."""
 
+import locale
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def write_series(
 ) -> list[Path]:
     """Write int16 (z, rows, columns), rescale intercept −1024, one file per slice, 2.5 mm apart by default."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)  # ITK's DICOM writer leaves C behind, under which torch cannot compile
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     files = []
@@ -43,4 +45,5 @@ def write_series(
         files.append(folder / f"{series}-{number:03}.dcm")
         writer.SetFileName(str(files[-1]))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)
     return files

@@ -97,7 +97,8 @@ def test_it_leaves_a_table_its_quality_and_pictures(workspace: Path, capsys: pyt
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert found == {
         "SHA256SUMS", "autoencoder.safetensors", "config.yaml", "discovery.json", "figures/anchors.png",
-        "figures/classes.png", "latents.npy", "latents.txt", "pseudo_labels.csv", "quality.json",
+        "figures/classes.png", "figures/neighbours.png", "latents.npy", "latents.txt", "pseudo_labels.csv",
+        "quality.json",
     }  # fmt: skip
     table = PseudoLabels.read(folder / "pseudo_labels.csv")
     assert set(table.patient[table.split == "train"]) <= {f"p{number}" for number in range(5)}

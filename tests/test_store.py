@@ -1,6 +1,7 @@
 """The volume store: exactness, random reads, self-description, and damage that is noticed."""
 
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -117,6 +118,26 @@ def test_moved_replaced_and_removed(store: Path, tmp_path_factory: pytest.TempPa
     remove_volume(store, "v1")
     with pytest.raises(UserError, match="holds no volumes"):
         VolumeStore(store)
+
+
+def test_the_index_follows_the_files(store: Path) -> None:
+    index, volumes = store / "index.txt", store / "volumes"
+    VolumeStore(store)
+    assert not index.exists()  # the next change might bear the same time
+    os.utime(volumes, ns=(0, 10**9))
+    VolumeStore(store)
+    assert list(VolumeStore(store)) == [meta()]
+    write_volume(store, image(), replace(meta("v2"), split="val"))
+    assert VolumeStore(store).ids == ("v1", "v2")
+    os.utime(volumes, ns=(0, 2 * 10**9))
+    VolumeStore(store)
+    good = index.read_text(encoding="utf-8")
+    index.write_text(good.replace('"val"', '"test"'), encoding="utf-8")
+    assert [m.split for m in VolumeStore(store)] == ["train", "val"]
+    assert index.read_text(encoding="utf-8") == good
+    (volumes / "v1.b2nd").write_bytes(b"damaged in place")
+    with pytest.raises(UserError, match="v1 is damaged"):
+        VolumeStore(store)["v1"].read()
 
 
 def test_a_store_that_is_being_filled_is_not_read(store: Path) -> None:

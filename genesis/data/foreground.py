@@ -9,6 +9,9 @@ TABLE_MM = 10.0  # what is thinner goes: the table, tubes, blankets
 AIR = 0.25  # the darker class is air where it is less than this as bright as the other; measured: air ≤ 0.14,
 # dark tissue in crops without air ≥ 0.37
 
+IN_PLANE = np.zeros((3, 3, 3), dtype=bool)  # what touches what within a slice
+IN_PLANE[1, :, 1] = IN_PLANE[:, 1, 1] = True
+
 
 def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], modality: str) -> np.ndarray:
     """The body in a volume (x, y, z) of physical values: bool on the same grid, in steps of about 4 mm.
@@ -45,9 +48,12 @@ def _means(array: np.ndarray, steps: list[int]) -> np.ndarray:
     """Means of blocks, float32; what is left over at the upper ends is dropped."""
     for axis, step in enumerate(steps):
         if step > 1:
-            starts = np.arange(0, array.shape[axis] // step * step, step)
-            whole = array[(slice(None),) * axis + (slice(len(starts) * step),)]
-            array = np.add.reduceat(whole, starts, axis, dtype=np.float32) / np.float32(step)
+            several = [array[(slice(None),) * axis + (slice(first, array.shape[axis] // step * step, step),)]
+                       for first in range(step)]  # fmt: skip
+            array = several[0].astype(np.float32)
+            for other in several[1:]:
+                array += other
+            array /= step
     return array.astype(np.float32, copy=False)
 
 
@@ -79,4 +85,8 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 def _without_holes(mask: np.ndarray) -> np.ndarray:
     """Per axial slice, because lungs and sinuses are open at the ends of a scan."""
-    return np.stack([ndimage.binary_fill_holes(mask[..., z]) for z in range(mask.shape[-1])], axis=-1)
+    parts, count = ndimage.label(~mask, IN_PLANE)
+    outside = np.zeros(count + 1, dtype=bool)
+    for border in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+        outside[border] = True
+    return mask | ~outside[parts]

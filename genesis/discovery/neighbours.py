@@ -1,12 +1,14 @@
 """Nearest patients: exact, by brute force over latents that may be memory-mapped."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
-CHUNK = 65_536  # latents read at a time
+CHUNK = 4096  # latents looked at at a time: few enough to stay in the processor's cache
 
 Found = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]  # rows and as many distances
 
@@ -23,15 +25,23 @@ def nearest_patients(
 
     Only the rows `among` are candidates, and of each patient only the nearest volume, so k ≤ `count`. The reference,
     where it is a candidate, comes first with distance 0. `query` is its latent where `latents`, a share of
-    all, lack it; then no row of them has its number.
+    all, lack it; then no row of them has its number. Where `among` is a range, memory-mapped latents are read once and
+    never copied.
     """
-    rows = np.asarray(among, dtype=np.int64)
-    distances = _distances(latents, rows, latents[reference] if query is None else query)
-    distances[rows == reference] = -1  # before any twin
-    order = np.argsort(distances, kind="stable")
-    _, first = np.unique(np.asarray(patients)[rows][order], return_index=True)
-    chosen = order[np.sort(first)[:count]]
-    return rows[chosen], distances[chosen].clip(min=0)
+    distances = _distances(latents, among, latents[reference] if query is None else query)
+    if reference in among:
+        distances[among.index(reference)] = -1  # before any twin
+    rows, taken = np.zeros(0, np.int64), min(count, len(among))
+    while taken:
+        near = np.flatnonzero(distances <= np.partition(distances, taken - 1)[taken - 1])
+        near = near[np.argsort(distances[near], kind="stable")]
+        rows = np.array([among[place] for place in near.tolist()])
+        _, first = np.unique([patients[row] for row in rows.tolist()], return_index=True)
+        if len(first) >= count or taken == len(among):
+            chosen = np.sort(first)[:count]
+            return rows[chosen], distances[near[chosen]].clip(min=0)
+        taken = min(2 * taken, len(among))  # several volumes of some patients: look further
+    return rows, distances[:0]
 
 
 def merge(parts: Sequence[Found], reference: int, patients: Sequence[str], count: int) -> Found:
@@ -44,11 +54,21 @@ def merge(parts: Sequence[Found], reference: int, patients: Sequence[str], count
 
 
 def _distances(
-    latents: Float[np.ndarray, "n latent"], rows: Int[np.ndarray, " m"], query: Float[np.ndarray, " latent"]
+    latents: Float[np.ndarray, "n latent"], among: Sequence[int], query: Float[np.ndarray, " latent"]
 ) -> Float[np.ndarray, " m"]:
-    centre = torch.from_numpy(np.asarray(query))
-    parts = [
-        (torch.from_numpy(np.asarray(latents[rows[start : start + CHUNK]])) - centre).norm(dim=1)
-        for start in range(0, len(rows), CHUNK)
-    ]
-    return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+    centre = torch.from_numpy(np.array(query))
+    distances, difference = torch.empty(len(among)), torch.empty(min(CHUNK, len(among)), len(centre))
+    for start in range(0, len(among), CHUNK):
+        part = _rows(latents, among[start : start + CHUNK])
+        # Not by a matrix product, in which close latents lose their digits.
+        apart = torch.sub(part, centre, out=difference[: len(part)])
+        torch.linalg.vector_norm(apart, dim=1, out=distances[start : start + CHUNK])
+    return distances.numpy()
+
+
+def _rows(latents: Float[np.ndarray, "n latent"], rows: Sequence[int]) -> Float[Tensor, "m latent"]:
+    if not isinstance(rows, range) or rows.step != 1:
+        return torch.from_numpy(latents[np.asarray(rows)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+        return torch.from_numpy(latents[rows.start : rows.stop])

@@ -58,6 +58,24 @@ def draw_classes(
     save(figure, path)
 
 
+def draw_neighbours(store: VolumeStore, table: PseudoLabels, path: Path, *, step_mm: float) -> None:
+    """The (first) reference beside its nearest training patients: their bodies, averaged from front to back."""
+    first = (table.reference == table.reference[0]) & (table.split == "train") & (table.rank < COLUMNS)
+    order = np.argsort(table.rank[first], kind="stable")
+    distances = dict(zip(table.volume[first][order].tolist(), table.distance[first][order].tolist(), strict=True))
+    figure = Figure(figsize=(1.8 * len(distances), 2.0), layout="constrained")
+    axes = figure.subplots(1, len(distances), squeeze=False)[0]
+    for axis, (name, distance) in zip(axes, distances.items(), strict=True):
+        image = coarse(store[name], step_mm).image[0].numpy()
+        flat = image.shape[2] == 1
+        axis.imshow((image[..., 0] if flat else image.mean(axis=1)).T, origin="lower", cmap="gray")
+        axis.invert_xaxis()  # the patient's right on the left
+        axis.set(xticks=[], yticks=[])
+        axis.set_title("reference" if not distance else f"distance {distance:.3g}", fontsize=9)
+    figure.suptitle("The reference and its nearest patients", fontsize=10)
+    save(figure, path)
+
+
 def draw_anchors(
     store: VolumeStore,
     table: PseudoLabels,

@@ -47,7 +47,7 @@ class DataCard(_Section):
 
 
 class SeenVolume(_Section):
-    """Hashes of one volume's voxels, without a key: who has the scan, or a resampled copy, can tell that it was seen."""
+    """Hashes of one volume's voxels, without a key: who has the scan, or a copy, can tell that it was seen."""
 
     volume: str  # its id, by the cohort's key
     content: str

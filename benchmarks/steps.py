@@ -1,0 +1,79 @@
+"""Training steps on one fixed batch that is corrupted already: what data, corruption and logging cannot slow down."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from genesis.engine.method import Batch
+from genesis.methods.semantic_genesis import SemanticGenesis
+from genesis.transforms import BatchGenerator, Corruption
+
+
+class Done(nn.Module):
+    """A corruption that has been made once and for all."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        keys = torch.arange(len(images), device=images.device)
+        self.corrupted, self.target = Corruption()(images, BatchGenerator(keys))
+
+    def forward(self, images: Tensor, generator: BatchGenerator) -> tuple[Tensor, Tensor]:
+        return self.corrupted, self.target
+
+
+def fixed_batch(method: SemanticGenesis, size: int, patch_size: tuple[int, ...], device: torch.device) -> Batch:
+    """A batch for the method, whose corruption of it is done: smooth images in [0, 1]."""
+    noise = torch.rand(size, 1, *patch_size, generator=torch.Generator().manual_seed(0))
+    images = nn.functional.avg_pool3d(noise, 5, stride=1, padding=2).to(device)
+    method.corruption = Done(images)  # type: ignore[assignment]
+    zeros = torch.zeros(size, dtype=torch.int64, device=device)
+    return {"image": images, "label": zeros, "key": torch.arange(size, device=device)}
+
+
+def stepper(method: SemanticGenesis, batch: Batch) -> Callable[[], None]:
+    """A function that takes one step: bf16 autocast and one fused kernel for Adam on CUDA, as the trainer has it."""
+    device = batch["image"].device
+    optimizer = torch.optim.Adam(method.parameters(), 1e-4, fused=device.type == "cuda")
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = method(batch).losses
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds_of(run: Callable[[], object], count: int, device: torch.device, warm_up: int = 3) -> float:
+    """Mean seconds of one of `count` calls in a row; the device is waited for at both ends."""
+    for _ in range(warm_up):
+        run()
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    wait(device)
+    return (time.perf_counter() - start) / count
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_flops(method: SemanticGenesis, batch: Batch) -> float:
+    """Floating point operations of convolutions and matrix products, forward and backward, of one step."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        torch.stack(list(method(batch).losses.values())).sum().backward()
+    method.zero_grad()
+    return float(counter.get_total_flops())
+
+
+def matrix_rate(device: torch.device, side: int = 8192) -> float:
+    """Measured FLOP/s of a product of square bf16 matrices: what the device can do at best, in practice."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / min(seconds_of(lambda: a @ b, 10, device) for _ in range(3))

@@ -1,0 +1,131 @@
+"""Training from end to end against the same network stepping on one fixed, already corrupted batch.
+
+    python benchmarks/training.py                  (the sample's size on the CPU)
+    python benchmarks/training.py --device cuda    (the published U-Net and MONAI's UNet as shipped, 64×64×32)
+
+`python -m genesis.train` itself runs, on a store of phantoms and patches at random places, and every step is stamped
+when it ends; the first steps, validation and checkpoints do not count, logging does. The rival takes its steps with the
+very network that was trained, laid out and compiled as the trainer left it. The two take turns.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from cohort import read, write_discovery, write_scans
+from measure import Row, cores, row, write
+from steps import fixed_batch, matrix_rate, seconds_of, step_flops, stepper
+
+from genesis.cli import main as genesis
+from genesis.config import MethodConfig, load_config
+from genesis.methods import METHODS
+from genesis.methods.semantic_genesis import SemanticGenesis
+from genesis.models import Backbone
+from genesis.workspace import Workspace
+
+build = METHODS["semantic_genesis"]
+
+
+class Stamped(SemanticGenesis):
+    """Notes when each step ends."""
+
+    trained: ClassVar["Stamped"]
+    ends: list[float | torch.cuda.Event]
+
+    def after_optimizer_step(self, step: int) -> None:
+        if next(self.parameters()).is_cuda:
+            end = torch.cuda.Event(enable_timing=True)  # a time on the card, which nobody waits for
+            end.record()
+            self.ends.append(end)
+        else:
+            self.ends.append(time.perf_counter())
+
+    def seconds(self, warm_up: int) -> float:
+        """Mean of a step after the first `warm_up`."""
+        first, last = self.ends[warm_up - 1], self.ends[-1]
+        if isinstance(first, torch.cuda.Event):
+            torch.cuda.synchronize()
+            total = first.elapsed_time(last) / 1000
+        else:
+            total = last - first
+        return total / (len(self.ends) - warm_up)
+
+
+def stamped(settings: MethodConfig, backbone: Backbone, classes: int) -> SemanticGenesis:
+    method = build(settings, backbone, classes)
+    method.__class__ = Stamped
+    method.ends = []
+    Stamped.trained = method
+    return method
+
+
+def train(workspace: Workspace, config: str, options: argparse.Namespace, turn: int) -> tuple[Stamped, bool]:
+    """The verb; the method that it trained, and whether it had to do without torch.compile."""
+    arguments = ["--config", config] if config != "semantic_genesis_3d" else []
+    limits = (f"train.validate_every={options.steps}", "train.validation_samples=8")
+    arguments += [part for limit in limits for part in ("--set", limit)]
+    arguments += ["--workspace", str(workspace.root), "--device", options.device, "--run", f"{config}_{turn}"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        genesis(["train", "--dim", "3d", "--steps", str(options.steps), *arguments])
+    return Stamped.trained, "torch.compile failed" in said.getvalue()
+
+
+def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]:
+    cuda = options.device == "cuda"
+    workspace = Workspace(folder / config)
+    shape, count = ((192, 192, 96), 24) if cuda else ((88, 76, 68), 16)
+    spacing = (2.0, 2.0, 2.5) if cuda else (3.6, 3.6, 4.5)
+    store = read(write_scans(folder / config / "scans", count, shape, spacing), workspace, sample=not cuda)
+    settings = load_config(config, sample=store.sample)
+    write_discovery(workspace, store, settings)
+    batch_size, device = settings.train.batch_size, torch.device(options.device)
+    ours, rival = float("inf"), float("inf")
+    for turn in range(options.turns):
+        method, eager = train(workspace, config, options, turn)
+        ours = min(ours, method.seconds(options.warm_up))
+        batch = fixed_batch(method, batch_size, settings.data.patch_size, device)
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            rival = min(rival, seconds_of(stepper(method, batch), options.steps - options.warm_up, device))
+    subject = f"training, {settings.network.name}, {'×'.join(map(str, settings.data.patch_size))}"
+    target = "≥ 0.95" if cuda else "≥ 0.9"
+    rows = [row(f"{subject}, vs a fixed batch", batch_size / ours, batch_size / rival, "patches/s", target)]
+    if cuda:
+        rate, aim = step_flops(method, batch) / ours, "≥ 0.4" if config.endswith("published") else ""
+        rows.append(
+            row(f"{subject}, share of the matrix rate", rate / 1e12, matrix_rate(device) / 1e12, "TFLOP/s", aim)
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warm-up", type=int, default=20, help="first steps of each turn, which do not count")
+    parser.add_argument("--turns", type=int, help="default: 3 on the CPU, 2 on CUDA")
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    options.turns = options.turns or (2 if cuda else 3)
+    if not cuda:
+        torch.set_num_threads(cores())
+    METHODS["semantic_genesis"] = stamped
+    configs = ("semantic_genesis_3d_published", "semantic_genesis_3d") if cuda else ("semantic_genesis_3d",)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for config in configs for row in compare(config, options, Path(folder))]
+    write(
+        f"training_{options.device}",
+        rows,
+        f"best of {options.turns} turns of {options.steps - options.warm_up} steps, after {options.warm_up} more",
+        libraries=("monai", "lightning"),
+        device=options.device,
+    )
+
+
+if __name__ == "__main__":
+    main()
