@@ -23,7 +23,7 @@ def copies(image: np.ndarray) -> list[np.ndarray]:
         ndimage.zoom(array.astype(np.float32), factors, order=1, grid_mode=True, mode="nearest")
         for array, factors in ((image, (1.5, 1.3, 1.7)), (window, (0.8, 0.7, 1.0)))
     )
-    return [window, finer, coarser, (3 * image + 7).astype(np.float32)]
+    return [window, finer, coarser, (3.0 * image + 7).astype(np.float32)]
 
 
 @pytest.mark.parametrize(("cohort", "count"), [("ct_headneck/imagesTr", 12), ("mr_hippocampus/imagesTr", 24)])
@@ -49,7 +49,7 @@ def test_every_kind_of_overlap_is_named(tmp_path: Path) -> None:
     metas = [
         replace(meta, content=f"c{n}", likeness=likeness(store[meta.volume].read()[0])) for n, meta in enumerate(store)
     ]
-    copy = likeness(copies(store[metas[3].volume].read()[0])[2])
+    copy = likeness(copies(store[metas[3].volume].read()[0])[1])
     cohort = CohortCard(
         patients=("p01",),
         volumes=("v00",),

@@ -1,7 +1,6 @@
 """One case into the store: read, judge, quantize, measure, write. Runs in worker processes, so it imports no torch."""
 
 import hmac
-import os
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -20,9 +20,9 @@ def likeness(array: np.ndarray) -> str:
     """The bits, in hexadecimal, of one channel (x, y, z) in RAS+; axes with one voxel are left out.
 
     A perceptual hash: means over a coarse grid that spans the volume, whatever its voxels; their ranks, which
-    re-windowing leaves as they are (but for what it clips), with air, which is noise, as one; the signs of middle frequencies of their cosine transform,
-    since the low ones are the anatomy that patients share. It tells nothing that the scan does not show, and nothing
-    to somebody who does not have it.
+    re-windowing leaves as they are (but for what it clips), with air, which is noise, as one; the signs of middle
+    frequencies of their cosine transform, since the low ones are the anatomy that patients share. It tells nothing
+    that the scan does not show, and nothing to somebody who does not have it.
     """
     cells = np.squeeze(array)
     for axis, side in enumerate(cells.shape):
