@@ -15,7 +15,10 @@ from .store import Box, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
-TISSUE_HU = -400.0  # some voxels of every CT of a body are denser, and of one with the intercept applied twice few
+AIR_HU, TISSUE_HU = (
+    -1500.0,
+    -400.0,
+)  # with the intercept applied twice, air is below the one, and tissue below the other
 CHANGED = "it changed, or vanished, while it was read; run the same command again"
 DEVICES = {  # DICOM's codes of what is surely one modality, or none of ours
     "CT": "ct", "MR": "mr", "CR": "xray", "DX": "xray", "RG": "xray", "MG": "xray",
@@ -98,7 +101,7 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
     if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(array))) <= FEW_VALUES:
         raise Quarantine(f"only {few} different values: a label map or a mask, not a scan")
     low, high = float(array.min()), float(array.max())
-    if modality == "ct" and (dense := float(np.percentile(sample, 99))) < TISSUE_HU:
+    if modality == "ct" and low < AIR_HU and (dense := float(np.percentile(sample, 99))) < TISSUE_HU:
         raise Quarantine(
             f"99 % of its values are below {dense:.0f} HU, so nothing in it is tissue; was the intercept applied twice?"
         )
