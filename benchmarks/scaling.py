@@ -26,9 +26,9 @@ from genesis.data.patches import WholeVolumes, cut
 from genesis.data.store import VolumeStore
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm
-from genesis.discovery.classes import Neighbour, match, pairs_of
+from genesis.discovery.classes import match, pairs_of
 from genesis.discovery.latents import encode, shrink
-from genesis.discovery.neighbours import nearest_patients
+from genesis.discovery.neighbours import Neighbour, nearest_patients
 from genesis.models import Autoencoder
 from genesis.prepare import prepare
 from genesis.seeding import generator

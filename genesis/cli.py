@@ -4,13 +4,18 @@ import argparse
 import importlib
 import io
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import NoReturn
 
 from ._version import __version__
-from .engine.ranks import first_to_fail
+from .engine.ranks import first_to_fail, is_first
 from .errors import UserError
+from .workspace import Workspace
 
 VERBS = {
     "prepare": "read scans into the volume store and audit them",
@@ -20,6 +25,7 @@ VERBS = {
     "finetune": "train on labelled scans from a weights package, against a scratch control",
     "predict": "write label maps for scans with a fine-tuned model",
 }
+READING = ("predict",)  # verbs that leave the workspace as it is
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,19 +92,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, unknown = parser.parse_known_args(argv)
     if unknown:  # said by the verb, with its own usage
         verbs.choices[options.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
+    module = importlib.import_module(f".{options.verb}", __package__)
     try:
-        importlib.import_module(f".{options.verb}", __package__).run(options)
+        with _sigterm_as_interrupt(), _workspace_held(options):
+            module.run(options)
     except UserError as error:
         _fail(f"genesis {options.verb}: {error}", 2)
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         _fail(f"genesis {options.verb}: {what}; mend that and repeat; what was written before stays valid.", 2)
-    except KeyboardInterrupt:
-        _fail(f"genesis {options.verb}: interrupted; what was written stays valid, the same command goes on.", 130)
+    except KeyboardInterrupt as stop:
+        again = shlex.join(["python", "-m", f"genesis.{options.verb}", *argv[1:]])
+        said = f"genesis {options.verb}: interrupted; what was written stays valid. Go on with:\n{again}"
+        _fail(said, interrupted_code(stop))
     except Exception:
         if not first_to_fail():
             sys.exit(1)
         raise
+
+
+def interrupted_code(stop: KeyboardInterrupt) -> int:
+    """The exit code after a signal, by default Ctrl-C: 128 and its number."""
+    return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
+
+
+def _workspace_held(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Of the processes that torchrun or srun started, the first holds it for all."""
+    if options.verb in READING or getattr(options, "dry_run", False) or not is_first():
+        return nullcontext()
+    return Workspace.at(options.workspace).written_by(options.verb)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that nothing temporary is left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> NoReturn:

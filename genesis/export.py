@@ -14,7 +14,7 @@ from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
 from .errors import UserError
 from .files import read_json
-from .models import build_backbone
+from .network import configured_network
 from .weights import CohortCard, DataCard, PretrainingCard, write_package
 from .workspace import Workspace
 
@@ -41,12 +41,7 @@ def run(options: argparse.Namespace) -> None:
     record = read_json(folder / "run.json")
     checkpoint = read_checkpoint(folder / "checkpoints" / f"{options.checkpoint}.pt")
     config = load_config(str(folder / "config.yaml"))
-    backbone = build_backbone(
-        spatial_dims=config.spatial_dims,
-        in_channels=record["in_channels"],
-        out_channels=record["in_channels"],
-        **config.network.model_dump(),
-    )
+    backbone = configured_network(config, record["in_channels"])
     weights = {key: value for key, value in checkpoint["method"].items() if key.startswith(_PREFIX)}
     try:
         backbone.network.load_state_dict({key.removeprefix(_PREFIX): value for key, value in weights.items()})

@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config, load_config
 from .data.pseudo_labels import PseudoLabels
 from .data.store import VolumeStore
-from .engine.checkpoint import read_checkpoint
+from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
 from .files import read_json, verify_folder, write_aside, write_json
 from .weights import SeenVolume
@@ -79,10 +79,14 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
     if record["dim"] != options.dim:
         raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
     config = load_config(str(folder / "config.yaml"), values=_steps(options))
-    last = folder / "checkpoints" / "last.pt"
-    if not last.is_file() and last.with_name("best.pt").is_file():
-        raise UserError(f"{last} is missing, so {folder.name} cannot go on; export what it has, or start a new run.")
-    if last.is_file() and (done := read_checkpoint(last)["step"]) > config.train.steps:
+    checkpoints = folder / "checkpoints"
+    newest = newest_intact(checkpoints)
+    if newest is None and (checkpoints / "best.pt").is_file():
+        raise UserError(
+            f"{checkpoints / 'last.pt'} is missing, so {folder.name} cannot go on; "
+            "export what it has, or start a new run."
+        )
+    if newest and (done := read_checkpoint(newest)["step"]) > config.train.steps:
         raise UserError(f"The run {folder.name} has {done} steps already; --steps {config.train.steps} is less.")
     found = _discovered(workspace, config.spatial_dims)
     if found.record["pseudo_labels_sha256"] != record["pseudo_labels_sha256"]:

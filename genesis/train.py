@@ -13,6 +13,7 @@ its own that begin with --run, from taking --run as its own.
 """
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Sequence
 from math import isfinite
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from .cli import add_dim_argument
-from .config import Config, TrainConfig
+from .cli import add_dim_argument, command, interrupted_code
+from .config import TrainConfig
 from .data.patches import PseudoLabelPatches, ValidationPatches
 from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .engine.checkpoint import read_checkpoint
@@ -39,7 +40,8 @@ from .engine.trainer import FitResult, fit
 from .errors import UserError
 from .methods import METHODS
 from .methods.semantic_genesis import SemanticGenesis
-from .models import Backbone, build_backbone
+from .models import Backbone
+from .network import configured_network
 from .runs import Run, plan_run, reopen_run
 from .seeding import key
 from .workspace import Workspace
@@ -87,7 +89,9 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.profile < config.train.steps:
         raise UserError(f"--profile {options.profile}: expected fewer steps than the run's {config.train.steps}.")
     torch.manual_seed(key(seed, "network"))
-    backbone = _backbone(config, this.record["in_channels"])
+    backbone = configured_network(config, this.record["in_channels"])
+    if config.train.recompute_activations:
+        backbone.recompute_activations()
     method = METHODS[config.method.name](config.method, backbone, this.found.table.classes)
     this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
@@ -111,9 +115,10 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
         return
-    where = f" --workspace {options.workspace}" if options.workspace else ""
+    again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
+    again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": options.resume, "profile": options.profile}
-    result = _fit(this, method, train, how, fabric, where)
+    result = _fit(this, method, train, how, fabric, again)
     if not isfinite(result.best_loss):
         raise UserError(
             f"The training of {this.folder.name} diverged: no validation had a finite loss; "
@@ -123,10 +128,10 @@ def run(options: argparse.Namespace) -> None:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
         _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
         print(_summary(result))
-        print(f"The run is in {this.folder}; next: python -m genesis.export{where}")
+        print(f"The run is in {this.folder}; next: {command(options, 'export')}")
 
 
-def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", where: str) -> FitResult:
+def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", again: str) -> FitResult:
     """Train, and keep the run's status up to date; a new run that fails at once leaves nothing."""
     status = "stopped"
     if fabric.is_global_zero:
@@ -135,11 +140,11 @@ def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric:
         result = fit(method, train, folder=this.folder, title="training", **how)
         status = "finished"
         return result
-    except KeyboardInterrupt:
-        fabric.print(f"Stopped; go on with: python -m genesis.train --resume --run {this.folder.name}{where}")
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        fabric.print(f"Stopped; go on with:\n{again}")
+        raise SystemExit(interrupted_code(stop)) from None
     except UserError:
-        if not how["resume"] and not read_metrics(this.folder, "train"):
+        if not how["resume"] and not any(read_metrics(this.folder, split) for split in ("train", "alarm")):
             status = ""
         raise
     finally:
@@ -147,24 +152,6 @@ def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric:
             this.write(status)
         elif fabric.is_global_zero:
             shutil.rmtree(this.folder)
-
-
-def _backbone(config: Config, channels: int) -> Backbone:
-    try:
-        backbone = build_backbone(
-            spatial_dims=config.spatial_dims, in_channels=channels, out_channels=channels, **config.network.model_dump()
-        )
-    except ValueError as error:
-        raise UserError(f"config: {error}.") from None
-    if config.train.recompute_activations:
-        backbone.recompute_activations()
-    size = config.data.patch_size
-    if any(side % backbone.stride for side in size) or max(size) == backbone.stride:
-        raise UserError(
-            f"data.patch_size {list(size)}: the network {config.network.name} takes sides that are multiples of "
-            f"{backbone.stride}, at least one of them larger; change it and run python -m genesis.discover again."
-        )
-    return backbone
 
 
 def _trained(backbone: Backbone) -> list[str]:

@@ -1,10 +1,17 @@
 """Where the artefacts live, by convention."""
 
 import hashlib
+import json
 import os
+import platform
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any, TextIO
 
 from .errors import UserError
 from .files import read_json, write_aside
@@ -23,6 +30,52 @@ class Workspace:
         if root.exists() and not root.is_dir():
             raise UserError(f"The workspace {root} is a file, not a folder; pass --workspace DIR.")
         return cls(root)
+
+    @contextmanager
+    def written_by(self, verb: str) -> Iterator[None]:
+        """Hold the workspace: one process writes at a time, or those that were started together.
+
+        The file `lock` says who, but it is the system's lock on it that counts, and that ends with its process. Raises
+        `UserError` when another process holds it.
+        """
+        if sys.platform == "win32":  # there are no such locks
+            yield
+            return
+        with ExitStack() as stack:
+            if not self.root.exists():
+                self.root.mkdir(parents=True)
+                stack.callback(_remove_if_empty, self.root)
+            path = self.root / "lock"
+            stream = stack.enter_context(self._locked(path))
+            stack.callback(path.unlink, missing_ok=True)  # while it is still locked
+            stream.truncate(0)
+            here = {"pid": os.getpid(), "host": _host(), "verb": verb, "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
+            stream.write(json.dumps(here) + "\n")
+            stream.flush()
+            yield
+
+    def _locked(self, path: Path) -> TextIO:
+        import fcntl
+
+        while True:
+            stream = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data loading processes inherit
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                    return stream
+            except (BlockingIOError, PermissionError):
+                stream.close()
+                raise UserError(self._held(path)) from None
+            stream.close()  # its last holder removed it meanwhile
+
+    def _held(self, lock: Path) -> str:
+        try:
+            holder: dict[str, Any] = json.loads(lock.read_text(encoding="utf-8"))
+            where = "this machine" if holder["host"] == _host() else "another machine"
+            who = f"genesis {holder['verb']} (process {holder['pid']} on {where}, since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError):  # it is just writing that
+            who = "another process"
+        return f"{who} is writing to the workspace {self.root}: wait for it, end it, or take another --workspace."
 
     @property
     def sample(self) -> Path:
@@ -87,6 +140,16 @@ class Workspace:
         if not found:
             raise UserError(f"There is no {kind} run in {self.runs}; start one with: python -m genesis.{kind}")
         return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _host() -> str:
+    """Tells machines apart without naming them."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def _kind(run: Path) -> str:

@@ -12,11 +12,11 @@ from genesis.data.store import VolumeStore
 from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm, from_body, to_body
-from genesis.discovery.classes import Neighbour, make_classes, match, pairs_of
-from genesis.discovery.latents import effective_rank
+from genesis.discovery.classes import make_classes, match, pairs_of
 from genesis.discovery.matching import Pass, carry, correlate
-from genesis.discovery.neighbours import merge, nearest_patients
+from genesis.discovery.neighbours import Neighbour, merge, nearest_patients
 from genesis.errors import UserError
+from genesis.evaluation.probes import effective_rank
 from genesis.prepare import prepare
 from genesis.seeding import generator
 from genesis.workspace import Workspace
@@ -147,6 +147,10 @@ def test_a_class_is_one_anchor_in_several_patients(store: VolumeStore) -> None:
     assert len(table) == 12
     for anchor, row in zip(anchors, np.flatnonzero(table.rank == 0), strict=True):
         np.testing.assert_allclose(table.centre_mm[row], anchor.centre_mm, atol=1e-3)
+    last = next(one for one in matches[::-1] if one.neighbour.rank > 0)
+    beyond = last._replace(centre_mm=(*last.centre_mm[:2], -0.6 * store[last.neighbour.volume].meta.spacing_mm[2]))
+    fewer = make_classes(store, [beyond if one is last else one for one in matches], min_score=0.3, **PATCH)  # type: ignore[arg-type]
+    assert (len(fewer.table), fewer.dropped) == (11, 1)
     with pytest.raises(UserError, match=r"lower discovery\.min_score"):
         make_classes(store, [one for one in matches if one.neighbour.rank == 0], min_score=0.3, **PATCH)  # type: ignore[arg-type]
 

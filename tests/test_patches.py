@@ -160,24 +160,33 @@ def data(size: tuple[int, ...], spacing: object = "median") -> DataConfig:
 
 def test_spacing_of_a_cohort() -> None:
     metas = [meta(name, spacing_mm=(step, step, 4.0)) for name, step in (("a", 1.0), ("b", 2.0), ("c", 9.0))]
-    assert resolve_spacing(data((16, 16, 8)), metas) == (2.0, 2.0, 4.0)
-    assert resolve_spacing(data((16, 16)), metas) == (2.0, 2.0)
-    assert resolve_spacing(data((16, 16, 8), "native"), metas) is None
-    assert resolve_spacing(data((16, 16, 8), [1.5, 1.5, 3.0]), metas) == (1.5, 1.5, 3.0)
+    assert resolve_spacing(data((16, 16, 8)), metas, 8) == (2.0, 2.0, 4.0)
+    assert resolve_spacing(data((16, 16)), metas, 8) == (2.0, 2.0)
+    assert resolve_spacing(data((16, 16, 8), "native"), metas, 8) is None
+    assert resolve_spacing(data((16, 16, 8), [1.5, 1.5, 3.0]), metas, 8) == (1.5, 1.5, 3.0)
 
 
 @pytest.mark.parametrize(
-    ("size", "spacing", "message"),
+    ("size", "spacing", "stride", "message"),
     [
-        ((64, 64, 32), "median", r"is larger than the median volume \(40 × 36 × 30 voxels.*patch_size=\[32,32,16\]"),
-        ((64, 32, 16), "native", r"in native voxels\); try --set data.patch_size=\[32,32,16\]"),
-        ((16, 16, 16), [2.0, 2.5, 10.0], r"patch_size=\[16,16,8\]"),
-        ((16, 16), [20.0, 2.0], r"a smaller voxel with --set data.spacing_mm"),
+        (
+            (64, 64, 32),
+            "median",
+            16,
+            r"is larger than the median volume \(40 × 36 × 30 voxels.*patch_size=\[32,32,16\]",
+        ),
+        ((64, 32, 16), "native", 16, r"in native voxels\); try --set data.patch_size=\[32,32,16\]"),
+        ((64, 32, 16), "native", 4, r"try --set data.patch_size=\[40,32,16\]"),
+        ((16, 16, 16), [2.0, 2.5, 10.0], 8, r"patch_size=\[16,16,8\]"),
+        ((16, 16, 16), [2.0, 2.5, 10.0], 16, r"a smaller voxel with --set data.spacing_mm"),
+        ((16, 16), [20.0, 2.0], 8, r"a smaller voxel with --set data.spacing_mm"),
     ],
 )
-def test_a_patch_larger_than_the_volumes_is_refused(size: tuple[int, ...], spacing: object, message: str) -> None:
+def test_a_patch_larger_than_the_volumes_is_refused(
+    size: tuple[int, ...], spacing: object, stride: int, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        resolve_spacing(data(size, spacing), [meta("a"), meta("b")])
+        resolve_spacing(data(size, spacing), [meta("a"), meta("b")], stride)
 
 
 def test_every_epoch_covers_every_row_once(store: VolumeStore) -> None:

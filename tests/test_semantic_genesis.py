@@ -166,6 +166,15 @@ def test_knn_accuracy_is_that_of_a_slow_search() -> None:
     assert knn_accuracy(features[:1], labels[:1]) == 0
 
 
+def test_knn_accuracy_is_exact_under_autocast() -> None:
+    """Every direction comes twice; to the next one, 0.02 away, bfloat16 sees no difference."""
+    angle = 0.02 * torch.arange(50)
+    half = torch.stack([angle.cos(), angle.sin()], dim=1)
+    features, labels = torch.cat([half, -half]).repeat(2, 1), torch.arange(100).repeat(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert knn_accuracy(features, labels, neighbours=1) == 1
+
+
 def test_restoration_loss_gradient() -> None:
     source = generator(0, "loss")
     restored, original = torch.rand(2, 2, 1, 4, 4, generator=source, dtype=torch.float32).unbind(0)

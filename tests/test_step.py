@@ -222,7 +222,7 @@ def test_a_dry_run_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert estimate.hours > 1000 * estimate.seconds / 3600
     assert 0 < estimate.peak_bytes < estimate.usable_bytes
     assert 8 < estimate.largest_batch < estimate.usable_bytes / 16
-    assert 3 * (15 + 12) * 4 + 2 * 2 * 15 * 4 <= estimate.disk_bytes < 1e6
+    assert 4 * (15 + 12) * 4 + 3 * 2 * 15 * 4 <= estimate.disk_bytes < 1e6
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Fine-tuning's data, methods and figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_labels_return_to_the_native_grid(store: VolumeStore, spacing: tuple[flo
     dice = dice_per_class(back, truth, 2)
     exact = spacing in (None, (2.0, 2.0, 3.0))
     assert (dice == 1).all() if exact else (dice > 0.8).all()
+
+
+def test_no_slice_at_the_border_is_left_out(store: VolumeStore) -> None:
+    """102 slices of 1 mm are 20.4 of 5 mm: with 20, the first and the last would have no prediction."""
+    meta = replace(store["v01"].meta, shape=(1, 8, 8, 102), spacing_mm=(5.0, 5.0, 1.0))
+    shape = whole_box(meta, (5.0, 5.0, 5.0))[2]
+    assert shape == (8, 8, 21)
+    everywhere = torch.stack([torch.zeros(shape), torch.ones(shape)])
+    assert native_labels(everywhere, meta, (5.0, 5.0, 5.0)).all()
 
 
 def test_dice_is_monais_except_for_what_only_the_prediction_has() -> None:

@@ -155,7 +155,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     with pytest.raises(SystemExit) as stop:
         train(workspace, "--steps", "6", "--run", "parts")
     assert stop.value.code == 130
-    assert "go on with: python -m genesis.train --resume --run parts" in capsys.readouterr().out
+    again = f"python -m genesis.train --resume --run parts --dim 3d --device cpu --workspace {workspace}"
+    assert capsys.readouterr().out.splitlines()[-1] == again
     whole, parts = workspace / "runs" / "whole", workspace / "runs" / "parts"
     assert read_json(parts / "run.json")["status"] == "stopped"
 
@@ -190,13 +191,18 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
 
 
 def test_resident_volumes_train_as_streamed_ones(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_discovery(workspace / "discovery" / "3d", DATA, shift=-20.0)  # patches that reach out of their volumes
     train(workspace, "--steps", "4", "--run", "streamed")
     assert "Patches stream from the store" in capsys.readouterr().out
     train(workspace, "--steps", "4", "--run", "kept", "--set", "data.resident=0.5")
     assert "Patches are cut on cpu: the 7 volumes take 0.000459 GB" in capsys.readouterr().out
     runs = [(workspace / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("streamed", "kept")]
     for streamed, kept in zip(*(run.splitlines() for run in runs), strict=True):
-        assert json.loads(kept)["loss"] == pytest.approx(json.loads(streamed)["loss"], rel=1e-4)
+        one, other = json.loads(streamed), json.loads(kept)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        if one["split"] == "train":
+            assert other["padding"] == pytest.approx(one["padding"])
+            assert 0 < one["padding"] < 1
 
 
 def test_more_resident_data_than_memory(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +245,16 @@ def test_resuming_loses_nothing(workspace: Path, refused: Callable[..., str]) ->
     last = (checkpoints / "last.pt").read_bytes()
     (checkpoints / "last.pt").write_bytes(last[:1000])
     record = (workspace / "runs" / "whole" / "run.json").read_bytes()
+    previous = (checkpoints / "previous.pt").read_bytes()
+    (checkpoints / "previous.pt").write_bytes(previous[:1000])
     assert "is damaged" in refused("--resume", "--run", "whole", "--steps", "6", tiny=False)
     assert (workspace / "runs" / "whole" / "run.json").read_bytes() == record
-    (checkpoints / "last.pt").unlink()
+    (checkpoints / "previous.pt").write_bytes(previous)
+    train(workspace, "--resume", "--run", "whole", "--steps", "6", tiny=False)  # from the one before
+    assert read_checkpoint(checkpoints / "last.pt")["step"] == 6
+    assert (checkpoints / "damaged-after-2.pt").read_bytes() == last[:1000]
+    for name in ("last.pt", "previous.pt"):
+        (checkpoints / name).unlink()
     assert "cannot go on" in refused("--resume", "--run", "whole", tiny=False)
 
 

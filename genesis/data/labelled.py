@@ -111,6 +111,10 @@ class LabelledPatches(Dataset[Sample]):
             "key": torch.tensor(key(self.seed, "labelled patch", index)),
         }
 
+    def volumes_of(self, indices: Sequence[int]) -> list[str]:
+        """The volume of each sample."""
+        return [self.metas[shuffled(index, len(self.metas), self.seed)].volume for index in indices]
+
     def _candidates_of(self, meta: VolumeMeta) -> list[np.ndarray]:
         """Voxels (n, 3) of each class that a case has, a bounded random choice, found when the case is first used."""
         if meta.volume not in self._candidates:
@@ -193,10 +197,14 @@ class LabelledImages(Dataset[Sample]):
 def whole_box(
     meta: VolumeMeta, spacing_mm: tuple[float, ...] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
-    """Centre and extent in mm, and size in voxels, of a whole volume at a spacing, axes without one at their own."""
+    """Centre and extent in mm, and size in voxels, of a whole volume at a spacing, axes without one at their own.
+
+    The grid ends where the volume does or up to a voxel beyond, never before: what it leaves out has no prediction.
+    """
     spacing = _spacing(meta, spacing_mm)
     shape = tuple(
-        max(1, round(n * own / step)) for n, own, step in zip(meta.shape[1:], meta.spacing_mm, spacing, strict=True)
+        math.ceil(round(n * own / step, 6))
+        for n, own, step in zip(meta.shape[1:], meta.spacing_mm, spacing, strict=True)
     )
     centre = tuple((n - 1) / 2 * own for n, own in zip(meta.shape[1:], meta.spacing_mm, strict=True))
     return centre, tuple(n * step for n, step in zip(shape, spacing, strict=True)), shape

@@ -109,10 +109,10 @@ def _axes(
     return list(zip(size, map(float, centre_mm), map(float, extent_mm), meta.spacing_mm, meta.shape[1:], strict=True))
 
 
-def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta]) -> tuple[float, ...] | None:
+def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta], stride: int) -> tuple[float, ...] | None:
     """The voxel size of patches in mm: as configured, the cohort's median per axis, or None for each volume's own.
 
-    Raises `UserError` with a size that fits when a patch is larger than the median volume.
+    Raises `UserError` when a patch is larger than the median volume, with a size that fits, in multiples of `stride`.
     """
     dims = len(data.patch_size)
     stored = np.array([meta.spacing_mm[:dims] for meta in metas])
@@ -123,22 +123,20 @@ def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta]) -> tuple[floa
         median = tuple(round(float(step), 4) for step in np.median(stored, axis=0))
         spacing = median if data.spacing_mm == "median" else data.spacing_mm
         room = np.median(shapes * stored, axis=0) / spacing
-    fits = [side if side <= most + 0.5 else _round_down(most) for side, most in zip(data.patch_size, room, strict=True)]
+    fits = [
+        side if side <= most + 0.5 else int(most // stride * stride)
+        for side, most in zip(data.patch_size, room, strict=True)
+    ]
     if fits != list(data.patch_size):
         voxels = " × ".join(f"{most:.0f}" for most in room)
         at = "in native voxels" if spacing is None else "at {} mm".format(" × ".join(f"{step:g}" for step in spacing))
-        mend = f"--set data.patch_size={fits}" if min(fits) >= 8 else "a smaller voxel with --set data.spacing_mm=[…]"
+        takes = min(fits) >= 8 and max(fits) > stride
+        mend = f"--set data.patch_size={fits}" if takes else "a smaller voxel with --set data.spacing_mm=[…]"
         raise UserError(
             f"data.patch_size {list(data.patch_size)} is larger than the median volume ({voxels} voxels {at}); "
             f"try {mend.replace(', ', ',')}"
         )
     return spacing
-
-
-def _round_down(voxels: float) -> int:
-    """To a multiple of 16, or of 8 below 16: what networks with three or four halvings take."""
-    step = 16 if voxels >= 16 else 8
-    return int(voxels // step * step)
 
 
 def shuffled(index: int, count: int, seed: int) -> int:
@@ -208,6 +206,10 @@ class TablePatches(Dataset[Sample]):
             "key": torch.tensor(int(boxes.key[0])),
             "padding": torch.tensor(padding),
         }
+
+    def volumes_of(self, indices: Sequence[int]) -> list[str]:
+        """The volume of each sample."""
+        return self.table.volume[self.boxes(indices).row].tolist()
 
     def _boxes(self, row: list[int], key: list[int]) -> Boxes:
         """The exact places of rows."""

@@ -162,6 +162,9 @@ class ResidentPatches(Dataset[Sample]):
         label, key = _to_device(numbers, self.volumes.device)
         return {"image": image, "label": label, "key": key, "padding": padding}
 
+    def volumes_of(self, indices: Sequence[int]) -> list[str]:
+        return self.patches.volumes_of(indices)
+
     def __getitem__(self, index: int) -> Sample:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 

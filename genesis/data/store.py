@@ -33,10 +33,10 @@ SCHEMA = 1
 INCOMING = ".incoming"  # in a store into which scans are being read
 SETTLED_NS = 2 * 10**9  # a folder's time of change is no finer than this on some file systems
 CHUNK, BLOCK = 64, 32  # voxels per side; measured: fastest for random reads of 64³ to 128³ at a small size
-# Measured on a chest CT and a head-neck CT, size against z-scored float32 zstd-8, and speed of reading it: LZ4HC level
-# 1 0.46 and 0.52, 5 times; level 5 0.43 and 0.48, as fast, but written at a quarter of the speed, which is then most of
-# what prepare does; zstd-4 0.36 and 0.40, 2 times; LZ4HC with bit-shuffle 0.41 and 0.55, 4 times.
-COMPRESSION = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+# Measured on head-neck CTs of 128³: size against the same z-scored as float32 zstd-8, time to write and to read them on
+# one thread: zstd-1 0.44, 5 and 2.6 ms; zstd-4 0.43, 14 and 2.4 ms; LZ4HC-1 0.57, 6 and 1.8 ms; LZ4HC-5 0.53, 17 and
+# 1.7 ms; zstd-1 with bit-shuffle 0.51, 6 and 4.0 ms.
+COMPRESSION = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
 
 Box = tuple[slice, slice, slice]
 Modality = Literal["ct", "mr", "xray"]

@@ -1,8 +1,10 @@
 """Anchors: places on reference patients that cover the body, each the origin of one pseudo-label."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data.pseudo_labels import PseudoLabels
-from ..data.store import Volume, VolumeStore
-from ..seeding import generator
+from ..data.store import Volume, VolumeMeta, VolumeStore
+from ..errors import UserError
+from ..seeding import generator, key
 from .body import body_box, coarse, from_body, to_body
 
 NEAR = 5 / 64  # anchors closer than this share of a patch are too alike (published: 5 voxels of a patch of 64)
@@ -26,6 +29,39 @@ class Anchor:
     reference: str  # volume id
     centre_mm: tuple[float, float, float]  # in the reference's own space
     body: tuple[float, float, float]  # the same, relative to the foreground box: 0 lower end, 1 upper end
+
+
+def find_anchors(
+    store: VolumeStore,
+    metas: Sequence[VolumeMeta],
+    *,
+    classes: int,
+    references: Literal["one", "per_class"],
+    patch_size: Sequence[int],
+    spacing_mm: Sequence[float] | None,
+    step_mm: float,
+    min_tissue: float,
+    seed: int,
+) -> list[Anchor]:
+    """Up to `classes` anchors, all on one of the volumes `metas`, or on one after another of them, in random order.
+
+    Says so when there are fewer. Raises `UserError` when there is none.
+    """
+    order = [meta.volume for meta in metas]
+    random.Random(key(seed, "references")).shuffle(order)
+    many = order[:1] if references == "one" else order
+    chosen = [many[number % len(many)] for number in range(classes)]
+    anchors = choose_anchors(
+        store, chosen, patch_size=patch_size, spacing_mm=spacing_mm, step_mm=step_mm, min_tissue=min_tissue, seed=seed
+    )
+    if not anchors:
+        raise UserError(
+            f"No patch of {list(patch_size)} voxels fits into the body of the reference {chosen[0]} with "
+            f"{min_tissue:.0%} tissue; try a smaller data.patch_size or discovery.min_tissue."
+        )
+    if len(anchors) < classes:
+        print(f"The body has room for {len(anchors)} distinct anchors of this patch size, not {classes}.")
+    return anchors
 
 
 def choose_anchors(

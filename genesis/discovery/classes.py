@@ -9,20 +9,11 @@ import numpy as np
 import torch
 
 from ..data.pseudo_labels import PseudoLabels
-from ..data.store import VolumeStore
+from ..data.store import VolumeMeta, VolumeStore
 from ..errors import UserError
 from .anchors import Anchor
 from .matching import Space, carry
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A volume in which an anchor's place is looked for."""
-
-    volume: str
-    rank: int  # 0: the reference itself
-    distance: float  # between the latents
-    split: str
+from .neighbours import Neighbour
 
 
 class Pair(NamedTuple):
@@ -108,14 +99,15 @@ def make_classes(
 ) -> Classes:
     """The table of pseudo-labels: class c is the places of anchor c.
 
-    A place whose match scores below `min_score` is dropped, and a class that nothing is left of but its reference; the
-    others are numbered anew. Raises `UserError` when no class is left.
+    A place outside the volume is dropped (shorter scans lack it), and one whose match scores below `min_score`, and a
+    class that nothing is left of but its reference; the others are numbered anew. Raises `UserError` when no class is
+    left.
     """
     rows: list[dict[str, Any]] = []
     for number, reference, neighbour, centre, score in matches:
-        if score < min_score:
-            continue
         meta = store[neighbour.volume].meta
+        if score < min_score or not _within(centre, meta):
+            continue
         box = _stored_box(centre, patch_size, spacing_mm or meta.spacing_mm, meta.spacing_mm)
         rows.append(
             {"class_": number, "reference": reference, "volume": neighbour.volume, "patient": meta.patient,
@@ -129,13 +121,21 @@ def make_classes(
     number_of = {old: new for new, old in enumerate(sorted(old for old, count in members_of.items() if count > 1))}
     if not number_of:
         raise UserError(
-            f"No anchor was found again in another patient with a score of {min_score:g} or more; "
+            f"No anchor was found again within another patient's scan with a score of {min_score:g} or more; "
             "lower discovery.min_score, or see whether the scans show one body region."
         )
     rows = [row | {"class_": number_of[row["class_"]]} for row in rows if row["class_"] in number_of]
     rows.sort(key=lambda row: (row["class_"], row["split"], row["rank"]))
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Classes(PseudoLabels(**columns), scores, dropped)  # type: ignore[arg-type]
+
+
+def _within(centre_mm: Sequence[float], meta: VolumeMeta) -> bool:
+    """Whether a point lies in a voxel of the volume."""
+    return all(
+        -0.5 <= centre / step <= n - 0.5
+        for centre, step, n in zip(centre_mm, meta.spacing_mm, meta.shape[1:], strict=True)
+    )
 
 
 def _stored_box(

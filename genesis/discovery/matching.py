@@ -55,7 +55,8 @@ def carry(
 
     `voxel`: the same voxel index, as published; `body`: the same position relative to the foreground box; `matched`:
     the place that looks alike, with the normalised cross-correlation of the surroundings as score (elsewhere 1).
-    `step_mm` is the voxel size of the coarse copies that are matched (`body.coarse_step_mm`).
+    `step_mm` is the voxel size of the coarse copies that are matched (`body.coarse_step_mm`). All on the CPU: pairs are
+    shared among processes instead.
     """
     if space == "voxel":
         scale = torch.tensor(neighbour.meta.spacing_mm) / torch.tensor(reference.meta.spacing_mm)
@@ -95,7 +96,7 @@ def correlate(
     flat = [a == b == 1 for a, b in zip(fixed.shape, moving.shape, strict=True)]
     half = [0 if one else search.template for one in flat]
     radius = [0 if one else search.radius for one in flat]
-    kernels = [torch.exp(-2 * (torch.arange(-h, h + 1, device=fixed.device) / (h + 0.5)) ** 2) for h in half]
+    kernels = [torch.exp(-2 * (torch.arange(-h, h + 1) / (h + 0.5)) ** 2) for h in half]
     kernels = [kernel / kernel.sum() for kernel in kernels]
     weight = kernels[0][:, None, None] * kernels[1][:, None] * kernels[2]
     mean = _blur(moving, kernels)
@@ -123,7 +124,7 @@ def agree(
     `base` is the displacement in the middle of `likeness`; neighbourhoods of points have standard deviation `smooth`.
     """
     radius = [n // 2 for n in likeness.shape[1:]]
-    axes = [torch.arange(-r, r + 1, device=likeness.device) for r in radius]
+    axes = [torch.arange(-r, r + 1) for r in radius]
     offsets = torch.cartesian_prod(*axes).float()
     near = torch.exp(-torch.cdist(points, points).square() / (2 * smooth**2))
     found = base + _peak(likeness)
@@ -136,7 +137,7 @@ def agree(
         best = compromise.flatten(1).argmax(1, keepdim=True)
         weight = likeness.flatten(1).gather(1, best)[:, 0]
     common = _common(found, near * weight.clamp(min=0).square())
-    limit = torch.tensor(radius, device=base.device)
+    limit = torch.tensor(radius)
     cell = (common - base).round().long().clamp(-limit, limit) + limit
     return common, likeness[torch.arange(len(cell)), cell[:, 0], cell[:, 1], cell[:, 2]]
 
@@ -187,7 +188,7 @@ def _windows(x: Float[Tensor, "x y z"], centres: Int[Tensor, "n 3"], half: Seque
     """Boxes of 2 half + 1 voxels around voxels; 0 outside."""
     padded = F.pad(x, [1] * 6)
     index = [
-        (centres[:, axis, None] + torch.arange(1 - h, h + 2, device=x.device)).clamp(0, n + 1)
+        (centres[:, axis, None] + torch.arange(1 - h, h + 2)).clamp(0, n + 1)
         for axis, (h, n) in enumerate(zip(half, x.shape, strict=True))
     ]
     return padded[index[0][:, :, None, None], index[1][:, None, :, None], index[2][:, None, None, :]]
@@ -196,7 +197,7 @@ def _windows(x: Float[Tensor, "x y z"], centres: Int[Tensor, "n 3"], half: Seque
 def _blur(x: Float[Tensor, "x y z"], kernels: Sequence[Tensor]) -> Float[Tensor, "x y z"]:
     """Convolved along each axis with its kernel, of odd length; 0 around. Products: conv1d is 50 times slower."""
     for kernel in kernels:
-        place = torch.arange(x.shape[0], device=x.device)
+        place = torch.arange(x.shape[0])
         tap = place - place[:, None] + len(kernel) // 2
         band = kernel[tap.clamp(0, len(kernel) - 1)] * ((tap >= 0) & (tap < len(kernel)))
         x = torch.tensordot(x, band, dims=([0], [1]))  # puts the axis last: after three, each is back
@@ -221,13 +222,13 @@ def _peak(likeness: Float[Tensor, "n dx dy dz"]) -> Float[Tensor, "n 3"]:
     shape = likeness.shape[1:]
     best = likeness.flatten(1).argmax(1)
     cell = torch.stack(torch.unravel_index(best, shape), dim=1)
-    rows = torch.arange(len(cell), device=cell.device)
+    rows = torch.arange(len(cell))
     top = likeness.flatten(1).amax(1)
-    place = cell - torch.tensor([n // 2 for n in shape], device=cell.device).float()
+    place = cell - torch.tensor([n // 2 for n in shape]).float()
     for axis, n in enumerate(shape):
         if n < 3:
             continue
-        step = torch.eye(3, dtype=torch.long, device=cell.device)[axis]
+        step = torch.eye(3, dtype=torch.long)[axis]
         low, high = (
             likeness[(rows, *(cell + sign * step).clamp(min=0).minimum(torch.tensor(shape) - 1).unbind(1))]
             for sign in (-1, 1)

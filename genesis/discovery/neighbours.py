@@ -2,15 +2,83 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..data.store import VolumeMeta
+from ..engine.ranks import gather, share
+from .anchors import Anchor
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 CHUNK = 4096  # latents looked at at a time: few enough to stay in the processor's cache
 
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A volume in which an anchor's place is looked for."""
+
+    volume: str
+    rank: int  # 0: the reference itself
+    distance: float  # between the latents
+    split: str
+
+
 Found = tuple[Int[np.ndarray, " _"], Float[np.ndarray, " _"]]  # rows and as many distances
+
+
+def find_neighbours(
+    fabric: "Fabric",
+    metas: Sequence[VolumeMeta],
+    anchors: Sequence[Anchor],
+    latents: Float[np.ndarray, "share positions latent"],
+    *,
+    train: int,
+    held_out: int,
+) -> dict[int, list[Neighbour]]:
+    """Of each anchor, by its number, the `train` nearest training patients and the `held_out` nearest held-out ones.
+
+    `latents` are those of this process's share of `metas`: at one position, or at one for each anchor.
+    """
+    patients = [meta.patient for meta in metas]
+    row_of = {meta.volume: row for row, meta in enumerate(metas)}
+    mine = share(len(metas), fabric)
+    splits = (("train", train), ("val", held_out))
+    wanted = [(row_of[anchor.reference], number % latents.shape[1]) for number, anchor in enumerate(anchors)]
+    questions = sorted(set(wanted))  # at one position the anchors of one reference ask the same
+    own = metas[mine.start : mine.stop]
+    own_patients = [meta.patient for meta in own]
+    known = gather(fabric, lambda: {row: latents[row - mine.start] for row, _ in questions if row in mine})
+    query = {row: latent for part in known for row, latent in part.items()}
+
+    def search() -> dict[tuple[int, int, str], Found]:
+        found = {}
+        for split, count in splits:
+            among = [row for row, meta in enumerate(own) if meta.split == split]
+            for row, place in questions:
+                near, distances = nearest_patients(
+                    row - mine.start, latents[:, place], own_patients, among, count, query[row][place]
+                )
+                found[row, place, split] = near + mine.start, distances
+        return found
+
+    parts = gather(fabric, search)
+    return {
+        number: [
+            Neighbour(metas[row].volume, rank + (split == "val"), float(distance), split)
+            for split, count in splits
+            for rank, (row, distance) in enumerate(
+                zip(*merge([part[*question, split] for part in parts], question[0], patients, count), strict=True)
+            )
+        ]
+        for number, question in enumerate(wanted)
+    }
 
 
 def nearest_patients(

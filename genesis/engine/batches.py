@@ -1,18 +1,23 @@
 """Where the batches of a training come from, and how long the device waits for them."""
 
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..errors import TrainingAlarm
 from .launch import worker_count
 from .method import Batch
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+STALLED = 1800.0  # seconds without a batch after which the data loading processes count as stuck
 
 
 def training_batches(
@@ -31,6 +36,25 @@ def training_batches(
 def validation_batches(samples: Dataset[Batch], fabric: "Fabric", *, batch_size: int, workers: int | str) -> DataLoader:
     """All samples in order, on the host."""
     return _loader(samples, fabric, workers, batch_size=batch_size)
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """Raise `TrainingAlarm` when data loading processes are stuck or were killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        trouble = str(error).partition(". ")[0].removesuffix(".")
+    else:
+        return
+    _kill_workers()
+    raise TrainingAlarm(
+        "stalled_data",
+        f"Data loading failed ({trouble}), for a disk that does not answer or too little memory; mend that, then go on "
+        "with --resume, perhaps with fewer workers.",
+    )
 
 
 class DataWait:
@@ -77,6 +101,17 @@ class DataWait:
         return event
 
 
+def _kill_workers() -> None:
+    """Those that are stuck would keep this process from ending, for they do not heed SIGTERM."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each that dies
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) -> DataLoader:
     processes = worker_count(workers)
     return DataLoader(
@@ -85,7 +120,8 @@ def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) 
         persistent_workers=processes > 0,
         collate_fn=_collate,
         pin_memory=fabric.device.type == "cuda" and processes > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
+        timeout=STALLED if processes else 0,
         **how,
     )
 
@@ -95,6 +131,7 @@ def _collate(fetched: list[Batch] | Batch) -> Batch:
     return fetched if isinstance(fetched, dict) else default_collate(fetched)
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; without its workers the step at hand would have no data."""
+def _ignore_signals(_: int) -> None:
+    """They reach every process of a terminal or a job; without its workers the step at hand would have no data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

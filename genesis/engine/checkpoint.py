@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if state["schema"] > SCHEMA:
         raise UserError(f"The checkpoint {path} was written by a newer genesis; update genesis to read it.")
     return state
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """`last.pt`, or `previous.pt` where that is damaged or missing; None when there is neither.
+
+    Raises `UserError` when all that there is is damaged.
+    """
+    there = [path for path in (folder / "last.pt", folder / "previous.pt") if path.is_file()]
+    for path in there:
+        if _intact(path):
+            return path
+    if there:
+        read_checkpoint(there[0])
+    return None
+
+
+def keep_previous(last: Path) -> None:
+    """Make `last.pt`, which is about to be written anew, the `previous.pt`."""
+    if last.exists():
+        os.replace(last, last.with_name("previous.pt"))
 
 
 def _intact(path: Path) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..data.workers import available_cores
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def worker_count(workers: int | str) -> int:
     """Data loading processes of each training process; "auto": half of its cores, at most 8, none of two or fewer."""
     if not isinstance(workers, str):
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= _processes()[0]
+    cores = available_cores() // _processes()[0]
     return min(8, cores // 2) if cores > 2 else 0
 
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]  # always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key
+# Always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key; "padding" (B,), where it is
+# known, is the share of a patch that lies outside its volume, whose mean is logged.
+Batch = dict[str, Tensor]
 
 
 @dataclass  # not frozen, for Fabric refuses to look into frozen ones
@@ -40,6 +42,10 @@ class Method(nn.Module):
 
     def after_optimizer_step(self, step: int) -> None:
         """Called after the optimizer's step (momentum teacher)."""
+
+    def collapsed(self, figures: dict[str, float]) -> list[str]:
+        """What a validation's figures show to be no better than a constant answer, in words; default: nothing."""
+        return []
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from ..files import write_aside
 
 class Monitor:
     """Appends rows `{"step", "split": "train" | "val", …}` to `metrics.jsonl`; figures that are not finite are null.
+
+    An alarm is the row `{"step", "split": "alarm", "kind", "message"}`.
 
     step: from which the run goes on; rows of later steps, whose work was lost, are dropped.
     active: False in all processes but the first; then nothing is written.
@@ -37,10 +40,19 @@ class Monitor:
     def write(self, step: int, split: str, figures: Mapping[str, float]) -> None:
         if self._active:
             values = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            self._stream.write(json.dumps({"step": step, "split": split, **values}, allow_nan=False) + "\n")
-            self._stream.flush()
+            self._append({"step": step, "split": split, **values})
             for name, value in figures.items():
                 self._tensorboard.add_scalar(f"{name}/{split}", value, step)
+
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        """Say what goes wrong, on standard error too."""
+        if self._active:
+            print(f"ALARM at step {step}: {message}", file=sys.stderr)
+            self._append({"step": step, "split": "alarm", "kind": kind, "message": message})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.flush()
 
     def __enter__(self) -> Self:
         return self

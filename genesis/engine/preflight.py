@@ -32,7 +32,7 @@ class Estimate:
     waited: share of it that the device waits for data.
     peak_bytes, usable_bytes: of device memory, on the CPU host memory; of one process.
     largest_batch: over all processes, that fits into it.
-    disk_bytes: two checkpoints, a third while it takes the place of the second, and the metrics.
+    disk_bytes: three checkpoints, one of them without the optimizer, one more while it is written, and the metrics.
     """
 
     measured: int
@@ -108,7 +108,7 @@ def measure(
         peak_bytes=peak,
         usable_bytes=usable,
         largest_batch=int((MARGIN * usable - fixed) / each) * fabric.world_size,
-        disk_bytes=3 * _bytes(weights) + 2 * _bytes(moments) + steps // LOG_EVERY * ROW_BYTES,
+        disk_bytes=4 * _bytes(weights) + 3 * _bytes(moments) + steps // LOG_EVERY * ROW_BYTES,
     )
 
 

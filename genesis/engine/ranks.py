@@ -47,6 +47,22 @@ def from_first(fabric: "Fabric", work: Callable[[], T]) -> T:
     return results[0]
 
 
+def largest(fabric: "Fabric", number: int) -> int:
+    """Of the numbers of all processes; waits for the processes, but for no card."""
+    if fabric.world_size == 1:
+        return number
+    import torch.distributed
+
+    value = torch.tensor(number)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_patient_group())
+    return int(value)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that were started together, or the only one."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
 def first_to_fail() -> bool:
     """To be asked once by a process that fails: whether it is the first, the one that says why.
 
@@ -62,7 +78,7 @@ def first_to_fail() -> bool:
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
         return store.add("genesis/failed", 1) == 1
     except (KeyError, RuntimeError):  # under srun it is there only as long as the first process runs
-        return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0) == 0
+        return is_first()
 
 
 @cache

@@ -41,6 +41,9 @@ class TrainingStep:
     On CUDA the network's weights, and with them its activations, lie in memory as tensor cores want them (channels
     last), and the optimizer is one kernel.
 
+    A step whose loss or gradient is not finite changes nothing. Whether it is, is decided on the device; `skipped`
+    counts there, in float32, the steps skipped since somebody set it to 0, and those skipped in a row until now.
+
     Raises `UserError` when the batch cannot be divided among the processes and their parts.
     """
 
@@ -71,15 +74,17 @@ class TrainingStep:
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
         self._model, self.optimizer = fabric.setup(method, optimizer.build(method.param_groups(), fused=cuda))
         self._proven = False  # a step has run
+        self.skipped = torch.zeros(2, device=fabric.device)
 
     def __call__(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
         """Take step 0, 1, …; the loss, its terms and the method's metrics of every part of the batch.
 
         Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
         """
+        buffers = [buffer.clone() for buffer in self._method.buffers()]
         try:
             terms = self._gradients_or_eager(batch, step)
-            self._update(step)
+            self._update(step, torch.stack([part["loss"] for part in terms]).sum(), buffers)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -117,19 +122,40 @@ class TrainingStep:
                     loss = torch.stack(list(output.losses.values())).sum()
                     self._fabric.backward(loss / len(parts))
                 values = {"loss": loss, **output.losses, **output.metrics}
+                if "padding" in part:
+                    values["padding"] = part["padding"].mean()
                 terms.append({name: value.detach() for name, value in values.items()})
         return terms
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, loss: Tensor, buffers: list[Tensor]) -> None:
         self._rule.set_rate(self.optimizer, step, self._steps)
         self._method.before_optimizer_step(step)
-        if self._rule.clip_norm is not None:  # to look for gradients that are not finite would wait for the device
-            self._fabric.clip_gradients(
-                self._model, self.optimizer, max_norm=self._rule.clip_norm, error_if_nonfinite=False
-            )
-        self.optimizer.step()
+        norm = self._clipped_norm()
+        if self._fabric.world_size > 1:  # of the gradient all know the same already
+            loss = self._fabric.all_reduce(loss, reduce_op="sum")
+        bad = (~(loss + norm).isfinite()).float()
+        if loss.device.type == "cpu":
+            if not bad.item():
+                self.optimizer.step()
+        else:
+            self.optimizer.optimizer.found_inf = bad  # what fused optimizers know from GradScaler: 1 makes them skip
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self._method.after_optimizer_step(step)
+        for buffer, before in zip(self._method.buffers(), buffers, strict=True):  # batch norm's, a teacher's
+            buffer.copy_(torch.where(bad > 0, before, buffer))
+        since, in_a_row = self.skipped
+        self.skipped = torch.stack([since + bad, (in_a_row + 1) * bad])
+
+    def _clipped_norm(self) -> Tensor:
+        """The norm of the gradient before it is clipped."""
+        most = self._rule.clip_norm
+        if most is not None:
+            norm = self._fabric.clip_gradients(self._model, self.optimizer, max_norm=most, error_if_nonfinite=False)
+            assert norm is not None
+            return norm
+        gradients = [weight.grad for weight in self._method.parameters() if weight.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _what_fits(self, batch: Batch) -> str:
         """Found by trying, with room for the optimizer's state if it has none yet."""

@@ -1,34 +1,39 @@
 """The training loop: one for pretraining, for discovery's autoencoder and for fine-tuning."""
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from ..errors import TrainingAlarm
+from ..files import write_json
 from ..progress import progress
 from ..seeding import key
-from .batches import DataWait, training_batches, validation_batches
-from .checkpoint import read_checkpoint, write_checkpoint
+from .batches import DataWait, failures_named, training_batches, validation_batches
+from .checkpoint import keep_previous, newest_intact, read_checkpoint, write_checkpoint
 from .launch import launch
 from .method import Batch, Method
 from .monitor import Monitor, RunningMean
 from .optimizer import OptimizerSettings
 from .profiling import profiled
+from .ranks import gather, largest
 from .step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 LOG_EVERY = 10  # steps
+SKIPPED_IN_A_ROW = 10  # steps, after which the weights are to blame, not the batch
+COLLAPSED_AFTER = 3  # validations in a row that show nothing learned
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,27 @@ def fit(
         train: by global sample index, which has no end; items are dicts of tensors.
         validation: what `method.validate` gets, in order, every `validate_every` steps and at the end. Its "loss"
             decides which step is the best one; without it the last step is.
-        folder: gets `checkpoints/last.pt` (everything needed to go on), `checkpoints/best.pt` (the best step's method),
-            `metrics.jsonl` and `tensorboard/`. `read_checkpoint(…)["method"]` is the method's state dict.
+        folder: gets `checkpoints/last.pt` (everything needed to go on) and `previous.pt`, the one before it,
+            `best.pt` (the best step's method), `metrics.jsonl` and `tensorboard/`. `read_checkpoint(…)["method"]` is
+            the method's state dict.
         device: "cpu", "cuda" or "auto".
         batch_size: samples per step, over all processes.
         settings: precision, compilation, and parts of a batch.
         title: of the progress display.
         patience: validations without a lower loss after which training stops; None: never.
         workers: data loading processes.
-        resume: go on from `last.pt` if there is one; otherwise what an earlier training left in `folder` is replaced.
+        resume: go on from `last.pt` if there is one, where it is damaged from `previous.pt`; otherwise what an earlier
+            training left in `folder` is replaced.
         profile: steps of which `folder/trace.json` is to tell where their time went.
 
+    What goes wrong is an alarm in `metrics.jsonl`. Steps whose loss or gradient is not finite are skipped. After
+    SKIPPED_IN_A_ROW of them the weights of `last.pt` are taken up again; if that is of no use, training stops and
+    `not_finite.json` names the batch.
+
     Raises `UserError` when the batch cannot be divided among the processes, does not fit into memory (the checkpoints
-    stay as they were), or a checkpoint is damaged. Ctrl-C raises KeyboardInterrupt after the step at hand, with
-    `last.pt` written.
+    stay as they were), or a checkpoint is damaged; `TrainingAlarm`, one too, when training cannot go on: "not_finite",
+    "stalled_data", "diverging_rank". Ctrl-C and SIGTERM, to whichever process, raise KeyboardInterrupt(signal number)
+    in all of them after the step at hand, with `last.pt` written.
     """
     fabric = launch(device)
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
@@ -93,11 +105,17 @@ def fit(
 
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     state = _State()
-    if resume and last.exists():
-        state = _restore(last, method, optim)
+    if resume and (newest := newest_intact(last.parent)):
+        state = _restore(newest, method, take_step)
+        if newest != last and last.exists():
+            aside = last.with_name(f"damaged-after-{state.step}.pt")
+            fabric.print(f"{last} is damaged and now {aside.name}; going on from step {state.step}, the one before it.")
+            fabric.barrier()  # all have read
+            if fabric.is_global_zero:
+                os.replace(last, aside)
     elif fabric.is_global_zero:
-        last.unlink(missing_ok=True)
-        best.unlink(missing_ok=True)
+        for path in (last, last.with_name("previous.pt"), best):
+            path.unlink(missing_ok=True)
     if state.step >= steps or state.has_stalled(patience):
         return state.result()
 
@@ -114,6 +132,8 @@ def fit(
         progress(title, steps, "steps", state.step, shown=fabric.is_global_zero) as bar,
         profiled(folder / "trace.json", profile if fabric.is_global_zero else 0, len(to_come)) as step_is_over,
         _interrupt_between_steps() as interrupted,
+        _alarm_before_the_end(monitor, state),
+        failures_named(),
     ):
         shown: dict[str, float | str] = {}
         for batch in waiting.watch(batches):
@@ -124,30 +144,51 @@ def fit(
 
             validating = state.step % validate_every == 0 or state.step == steps
             if validating or state.step % LOG_EVERY == 0:
-                figures = dict(zip(state.recent.names, fabric.all_reduce(state.recent.mean()).tolist(), strict=True))
+                numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped])).tolist()
+                *means, skipped, in_a_row = numbers
+                figures = dict(zip(state.recent.names, means, strict=True))
                 seconds, waited = waiting.read()
                 state.recent = RunningMean()
+                take_step.skipped[0].zero_()
                 monitor.write(state.step, "train", {**figures, "learning_rate": optim.param_groups[0]["lr"]})
                 shown |= {
                     "patches/s": batch_size / seconds,
                     "data wait": f"{waited:.0%}",
                     "loss": figures["loss"],
                 }
+                if skipped:
+                    which = f"{skipped:.0f} steps since the last row were skipped"
+                    monitor.alarm(state.step, "not_finite", f"{which}: their loss or gradient was not finite")
+                if in_a_row >= SKIPPED_IN_A_ROW:
+                    if state.returned or not last.exists():
+                        raise _not_finite(state, batch, train, batch_size, fabric, folder)
+                    state.returned = True
+                    good = _restore(last, method, take_step).step
+                    take_step.skipped.zero_()
+                    monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
             if validating:
+                _check_weights(method, fabric, state.step)
                 if held_out is not None:
                     with take_step.autocast():
                         figures = validate(method, held_out, fabric, seed)
                     monitor.write(state.step, "val", figures)
                     shown["val_loss"] = figures["loss"]
+                    complaints = method.collapsed(figures)
+                    state.collapsed = state.collapsed + 1 if complaints else 0
+                    if state.collapsed == COLLAPSED_AFTER:
+                        monitor.alarm(state.step, "collapsed", "; ".join(complaints))
                 if state.is_best(figures, judged=held_out is not None) and fabric.is_global_zero:
                     write_checkpoint(best, {"step": state.step, "metrics": figures, "method": method.state_dict()})
-            stop = interrupted()
-            if (validating or stop) and fabric.is_global_zero:
+            stop = largest(fabric, interrupted())
+            good = validating and not in_a_row  # weights that make a step be skipped may be no good
+            state.returned = state.returned and not good
+            if (good or stop) and fabric.is_global_zero:
                 tensors = {"method": method.state_dict(), "optimizer": optim.state_dict()}
-                write_checkpoint(last, {**asdict(state), **tensors})
+                keep_previous(last)
+                write_checkpoint(last, {**asdict(state), **tensors, "skipped": take_step.skipped})
             bar.advance(**shown)
             if stop:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(stop)
             if state.has_stalled(patience):
                 break
     return state.result()
@@ -165,6 +206,13 @@ def validate(method: Method, batches: Iterable[Batch], fabric: "Fabric", seed: i
     return fabric.broadcast(figures)
 
 
+@runtime_checkable
+class HasVolumes(Protocol):
+    """A dataset that knows from which volumes its samples are."""
+
+    def volumes_of(self, indices: Sequence[int]) -> list[str]: ...
+
+
 @dataclass
 class _State:
     """What changes from step to step, beside the method and its optimizer."""
@@ -175,6 +223,8 @@ class _State:
     metrics: dict[str, float] = field(default_factory=dict)  # of the best step
     fruitless: int = 0  # validations since then
     recent: RunningMean = field(default_factory=RunningMean)  # since the last row of metrics
+    collapsed: int = 0  # validations in a row that show nothing learned
+    returned: bool = False  # to the weights of the last checkpoint
 
     def is_best(self, figures: dict[str, float], judged: bool) -> bool:
         """Take note of a validation; a step that is not `judged` by held-out data is better than all before it."""
@@ -192,32 +242,87 @@ class _State:
         return FitResult(self.step, self.best_step, self.best_loss, self.metrics)
 
 
-def _restore(path: Path, method: Method, optimizer: Optimizer) -> _State:
-    saved = read_checkpoint(path)
+def _restore(path: Path, method: Method, take_step: TrainingStep) -> _State:
+    saved, optimizer = read_checkpoint(path), take_step.optimizer
     method.load_state_dict(saved["method"])
     optimizer.load_state_dict(saved["optimizer"])
     for weight, values in optimizer.state.items():  # in memory as the weight lies, which may be otherwise here
         for name, value in values.items():
             if value.shape == weight.shape:
                 values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    plain = {name: saved[name] for name in ("step", "best_step", "best_loss", "metrics", "fruitless")}
-    return _State(**plain, recent=RunningMean(**saved["recent"]))
+    if "skipped" in saved:  # since 0.2
+        take_step.skipped.copy_(saved["skipped"])
+    names = ("step", "best_step", "best_loss", "metrics", "fruitless", "collapsed", "returned")
+    return _State(**{n: saved[n] for n in names if n in saved}, recent=RunningMean(**saved["recent"]))
+
+
+def _not_finite(
+    state: _State, batch: Batch, train: Dataset[Batch], batch_size: int, fabric: "Fabric", folder: Path
+) -> TrainingAlarm:
+    """Write down which samples the last batch had."""
+    samples = range((state.step - 1) * batch_size, state.step * batch_size)
+    image = batch["image"].flatten(1)
+    keys, whole = (fabric.all_gather(x).flatten().tolist() for x in (batch["key"], image.isfinite().all(dim=1)))
+    about = {"step": state.step, "samples": list(samples), "keys": keys, "finite": whole}
+    if isinstance(train, HasVolumes):
+        about["volumes"] = train.volumes_of(samples)
+    if fabric.is_global_zero:
+        write_json(folder / "not_finite.json", about)
+    return TrainingAlarm(
+        "not_finite",
+        f"At step {state.step} the loss or gradient has not been finite for {SKIPPED_IN_A_ROW} steps, "
+        f"{'although training had gone back' if state.returned else 'and there is no checkpoint to go back to'}: "
+        f"look at the volumes of the batch, which {folder / 'not_finite.json'} names, or lower the learning rate.",
+    )
+
+
+def _check_weights(method: Method, fabric: "Fabric", step: int) -> None:
+    """Raise `TrainingAlarm` unless all processes have the same weights, to the bit."""
+    if fabric.world_size == 1:
+        return
+    sums = gather(fabric, lambda: _bit_sum(method))
+    if wrong := [rank for rank, value in enumerate(sums) if value != sums[0]]:
+        raise TrainingAlarm(
+            "diverging_rank",
+            f"At step {step} the weights of process {wrong[0]} differ from those of process 0, for a faulty device or "
+            "memory perhaps; go on from the last checkpoint, elsewhere if this comes again.",
+        )
+
+
+def _bit_sum(method: Method) -> int:
+    """Of all weights read as whole numbers; any flipped bit changes it."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return int(torch.stack([w.detach().view(whole[w.element_size()]).sum() for w in method.parameters()]).sum())
 
 
 @contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed; a second Ctrl-C acts at once."""
+def _alarm_before_the_end(monitor: Monitor, state: _State) -> Iterator[None]:
+    try:
+        yield
+    except TrainingAlarm as alarm:
+        monitor.alarm(state.step, alarm.kind, str(alarm))
+        raise
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], int]]:
+    """Yield a function that tells which signal, SIGINT or SIGTERM, came, 0 for none; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield lambda: False
+        yield lambda: 0
         return
-    pressed = threading.Event()
+    came = 0
 
     def note(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
+        nonlocal came
+        came = number
+        restore()
 
-    before = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed.is_set
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

@@ -21,6 +21,7 @@ from ..engine.checkpoint import read_checkpoint
 from ..engine.method import Method
 from ..engine.optimizer import OptimizerSettings
 from ..engine.trainer import fit
+from ..errors import TrainingAlarm
 from ..files import read_json, write_aside, write_json
 from ..models import Backbone, build_described
 from ..seeding import key
@@ -97,7 +98,13 @@ class Experiment:
 
     def _best_rate(self, arm: str, labels: int, seed: int) -> float:
         for rate in self.settings.learning_rates:
-            self._train(arm, labels, seed, rate)
+            try:
+                self._train(arm, labels, seed, rate)
+            except TrainingAlarm as alarm:
+                if alarm.kind != "not_finite" or len(self.settings.learning_rates) == 1:
+                    raise
+                lost = {"loss": float_info.max, "step": 0}  # this rate is too high, which the others need not be
+                write_json(self.sub_run(arm, labels, seed, rate) / "trained.json", lost)
         losses = self.rates(arm, labels, seed)
         best = min(losses, key=lambda rate: losses[rate])
         if len(losses) > 1:
@@ -133,7 +140,8 @@ class Experiment:
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
         write_json(folder / "trained.json", {"loss": loss, "step": result.best_step})
-        (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)
+        for name in ("last.pt", "previous.pt"):
+            (folder / "checkpoints" / name).unlink(missing_ok=True)
 
     def _score(self, arm: str, labels: int, seed: int, rate: float) -> Score:
         self._train(arm, labels, seed, rate)

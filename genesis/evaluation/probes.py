@@ -1,5 +1,6 @@
-"""How much of a label a frozen encoder's features tell."""
+"""What a frozen encoder's features tell."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
@@ -12,9 +13,23 @@ def knn_accuracy(features: Float[Tensor, "n d"], labels: Int[Tensor, "n"], neigh
     """
     if len(labels) < 2:
         return 0.0
-    unit = functional.normalize(features.float() - features.float().mean(dim=0), dim=1)
-    similarity = (unit @ unit.T).fill_diagonal_(-2.0)
+    features = features.float()
+    with torch.autocast(features.device.type, enabled=False):  # the trainer's would take the product in bfloat16
+        unit = functional.normalize(features - features.mean(dim=0), dim=1)
+        similarity = (unit @ unit.T).fill_diagonal_(-2.0)
     nearest = similarity.topk(min(neighbours, len(labels) - 1), dim=1)
     votes = similarity.new_zeros(len(labels), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[nearest.indices], 1 + nearest.values)
     return float((votes.argmax(dim=1) == labels).float().mean())
+
+
+def effective_rank(features: Float[Tensor, "n d"]) -> float:
+    """In how many directions features spread: 1 when they have collapsed (Roy & Vetterli, 2007).
+
+    NaN for features that are not finite.
+    """
+    if not features.isfinite().all():
+        return float("nan")
+    spectrum = torch.linalg.svdvals(features - features.mean(0))
+    share = spectrum / spectrum.sum().clamp(min=1e-12)
+    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))

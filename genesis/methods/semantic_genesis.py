@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..engine.method import Batch, Method, Output
-from ..evaluation.probes import knn_accuracy
+from ..evaluation.probes import effective_rank, knn_accuracy
 from ..losses.restoration import restoration_loss
 from ..models import Backbone, ClassificationHead, RestorationCalibration, UNetBackbone
 from ..models.heads import pool
@@ -84,7 +84,8 @@ class SemanticGenesis(Method):
 
         loss: the weighted sum; mse, of restoration, beside input_mse (the corrupted patch unchanged) and mean_mse
         (every patch's own mean); accuracy of classification and knn_accuracy (pseudo-labels among the pooled bottleneck
-        features of clean patches, leave-one-out), beside chance (always the most frequent label).
+        features of clean patches, leave-one-out), beside chance (always the most frequent label); effective_rank of
+        those features.
         """
         sums: defaultdict[str, float] = defaultdict(float)
         features, labels = [], []
@@ -104,7 +105,18 @@ class SemanticGenesis(Method):
         figures = {name: value / len(label) for name, value in sums.items()}
         figures["knn_accuracy"] = knn_accuracy(torch.cat(features), label)
         figures["chance"] = float(label.bincount().max()) / len(label)
+        figures["effective_rank"] = effective_rank(torch.cat(features).float())
         return figures
+
+    def collapsed(self, figures: dict[str, float]) -> list[str]:
+        found = []
+        if self.lambda_rec and figures["mse"] >= figures["mean_mse"]:
+            found.append(f"restoration (error {figures['mse']:.3g}) is no better than each patch's mean")
+        if self.lambda_cls and figures["accuracy"] <= figures["chance"] + 1e-6:
+            found.append(f"the accuracy of pseudo-labels ({figures['accuracy']:.1%}) is at chance")
+        if figures["effective_rank"] < 1.5:
+            found.append("the features of all patches lie on one line")
+        return found
 
     @torch.compiler.disable  # picks samples by index: their number differs from batch to batch
     def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
