@@ -117,7 +117,7 @@ class Experiment:
     def _train(self, arm: str, labels: int, seed: int, rate: float) -> None:
         folder = self.sub_run(arm, labels, seed, rate)
         if (folder / "trained.json").exists():
-            (folder / "checkpoints" / "last.pt").unlink(missing_ok=True)  # killed before it was removed
+            _forget_progress(folder)  # killed, perhaps, before it could
             return
         settings = self.settings
         cases = choose(self.splits.train, labels, seed)
@@ -141,8 +141,7 @@ class Experiment:
         )
         loss = min(result.best_loss, float_info.max)  # JSON knows no infinity, which a diverged training has
         write_json(folder / "trained.json", {"loss": loss, "step": result.best_step}, sealed=True)
-        for name in ("last.pt", "previous.pt"):
-            (folder / "checkpoints" / name).unlink(missing_ok=True)
+        _forget_progress(folder)
 
     def _score(self, arm: str, labels: int, seed: int, rate: float) -> Score:
         self._train(arm, labels, seed, rate)
@@ -173,3 +172,9 @@ class Experiment:
         checkpoint = self.sub_run(arm, labels, seed, rate) / "checkpoints" / "best.pt"
         method.load_state_dict(read_checkpoint(checkpoint)["method"])
         return backbone, method.to(self.device).eval()
+
+
+def _forget_progress(folder: Path) -> None:
+    """Of a finished training only the best checkpoint is wanted."""
+    for name in ("last.pt", "previous.pt"):
+        (folder / "checkpoints" / name).unlink(missing_ok=True)
