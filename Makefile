@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BENCHMARKS = corruption store prepare training nearest_patients cost_against_size
 
-.PHONY: demo test test-all test-lowest chaos bench bench-gpu lint types
+.PHONY: demo test test-all test-lowest chaos fuzz bench bench-gpu lint types
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ test-lowest:
 
 chaos: .venv/installed
 	$(BIN)/python tests/chaos.py
+
+fuzz: .venv/installed
+	GENESIS_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # Each writes benchmarks/results/NAME.json; about eight minutes on two quiet cores.
 bench: .venv/installed

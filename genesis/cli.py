@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import shlex
 import signal
 import sys
@@ -68,6 +69,9 @@ def command(options: argparse.Namespace, text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; user errors end with one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="genesis",

@@ -20,6 +20,8 @@ from typing import Any
 
 from .cli import command
 from .config import Config, FinetuneConfig, load_config, recipes
+from .data.cohort import encoded
+from .data.intake import hashed
 from .data.labelled import Classes
 from .data.phantom import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
@@ -57,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", choices=(SCRATCH, "none"), default=SCRATCH, help="train the same from scratch (default), or not"
     )
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="report although pretraining has seen test cases, and say so"
+    )
     parser.add_argument("--run", metavar="NAME", help="name of the run (default: after the weights and the data)")
 
 
@@ -72,6 +77,9 @@ def run(options: argparse.Namespace) -> None:
     seeds = tuple(dict.fromkeys(options.seeds or [options.seed]))
     arms = (PRETRAINED,) if options.control == "none" else (PRETRAINED, SCRATCH)
     name = options.run or f"{package.resolve().name}-on-{data_name}"
+    overlap = report_cases(
+        cases, splits, card.pretraining.cohort, workspace.id_key_hash(), allow_overlap=options.allow_overlap
+    )
     experiment = Experiment(
         folder=workspace.new_run(name),
         task=_task(options.task, store, cases, card, config.finetune),
@@ -82,8 +90,8 @@ def run(options: argparse.Namespace) -> None:
         settings=config.finetune,
         device=launch(options.device).device,
         id_key_hash=workspace.id_key_hash(),
+        overlap=overlap,
     )
-    report_cases(cases, splits, card.pretraining.cohort, workspace.id_key_hash())
     _load_once(experiment)
     record = _open_run(experiment, config, options.seed)
     scores = experiment.run(arms, counts, seeds)
@@ -118,8 +126,7 @@ def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Car
             write_sample_cohort(workspace.sample)
     source = data.resolve()
     sample = source.is_relative_to(workspace.sample.resolve())
-    shown = source.parent.name if source.name == "dataset.json" else source.name.partition(".")[0]
-    name = f"{shown}-{hashlib.blake2b(str(source).encode(), digest_size=4).hexdigest()}"
+    name = f"data-{hashed(workspace.id_key(), 'data', encoded(str(source)))[:8]}"  # a folder may be named after someone
     prepare(
         data,
         workspace.labelled(name),

@@ -25,7 +25,7 @@ from .cli import command
 from .data.audit import Audit
 from .data.case_map import CaseMap, Row
 from .data.cluster import cluster
-from .data.cohort import Case, Cohort, find_cases
+from .data.cohort import Case, Cohort, encoded, find_cases
 from .data.intake import hashed
 from .data.store import INCOMING, Modality, read_audit
 from .data.update import Reading, update_store
@@ -95,12 +95,12 @@ def prepare(
     patients and cases never to be seen; without one the store's earlier list holds. `labelled_only` passes over scans
     without label map and target. Raises `UserError` when nothing can be read, or when a label map does not fit its
     image; all other scans are in the store by then. `workers` is the number of processes that read (None: one per
-    core), or a Dask cluster.
+    core; 0: this one), or a Dask cluster.
     """
     cohort = find_cases(data)
     reading = Reading(modality, cohort.channels(channels), workspace.id_key())
     root = workspace.root.resolve()
-    cases = [case for case in cohort.cases if sample or not case.images[0].resolve().is_relative_to(root)]
+    cases = [case for case in cohort.cases if sample or not Path(os.path.realpath(case.images[0])).is_relative_to(root)]
     if not cases:
         raise UserError(
             f"{data} holds only files of the workspace {workspace.root}; pass scans of your own with --data."
@@ -176,7 +176,7 @@ def _excluded(file: Path, cases: Sequence[Case], key: bytes) -> set[str]:
 
 
 def _hashes(names: Iterable[str], key: bytes) -> set[str]:
-    return {hashed(key, "patient", name.encode())[:16] for name in names}
+    return {hashed(key, "patient", encoded(name))[:16] for name in names}
 
 
 def _name_faults(case_map: CaseMap, cases: Sequence[Case]) -> list[Row]:

@@ -13,6 +13,7 @@ from .data.store import VolumeStore
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
 from .files import check_schema, read_json, verify_folder, write_aside, write_json
+from .weights import SeenVolume
 from .workspace import Workspace
 
 SCHEMA = 1  # of run.json
@@ -64,6 +65,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             "key": workspace.id_key_hash(),
             "patients": sorted({meta.patient for meta in seen}),
             "volumes": sorted(meta.volume for meta in seen),
+            "seen": [one.model_dump() for one in SeenVolume.of(seen)],
         },
     }
     stem = options.run or Path(options.config or f"{options.method}_{options.dim}").stem
@@ -127,7 +129,11 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
     check_schema(folder / "discovery.json", record.get("schema"), DISCOVERY_SCHEMA)
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
-    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now.get(v, split) != split}
+    if strangers := set(table.volume.tolist()) - now.keys():
+        raise UserError(
+            f"The pseudo-labels name {len(strangers)} volumes that are not in the store; make them anew with: {again}"
+        )
+    moved = {v for v, split in zip(table.volume, table.split, strict=True) if now[v] != split}
     if moved:
         raise UserError(
             f"{len(moved)} volumes have moved to another split since the pseudo-labels were made (for instance "

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "GENESIS_ID_KEY": "chaos"}
+if __name__ == "__main__":  # before torch is imported
+    os.environ |= {"OMP_NUM_THREADS": "1", "GENESIS_ID_KEY": "chaos"}
 
 import nibabel as nib
 import numpy as np
@@ -155,11 +156,11 @@ def _child(verb: str, arguments: list[str], root: Path, log: Path, kill_at: int,
 
 
 def contents(workspace: Path) -> dict[str, str]:
-    """A hash of every file; TensorBoard's, which hold times, are left out."""
+    """A hash of every file but TensorBoard's, which hold times, and the store's index, which is made when it is asked."""
     found = {}
     for file in sorted(workspace.rglob("*")):
         name = file.relative_to(workspace).as_posix()
-        if file.is_file() and "/tensorboard/" not in name:
+        if file.is_file() and "/tensorboard/" not in name and file.name != "index.txt":
             content = repr(_bits(read_checkpoint(file))).encode() if file.suffix == ".pt" else file.read_bytes()
             found[name] = hashlib.sha256(content).hexdigest()
         elif any(part.startswith(".") for part in file.parts[len(workspace.parts) :]):

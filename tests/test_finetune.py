@@ -301,7 +301,11 @@ def test_refusals(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no weights package 'none'" in refused(workspace, capsys, "--weights", "none")
     assert "does not exist" in refused(workspace, capsys, "--data", str(workspace / "nowhere"))
     write_weights(workspace / "weights" / "leaky", patients=("p00", "p04"))
-    assert "1 of 2 test patients were seen" in refused(workspace, capsys, "--weights", "leaky")
+    message = refused(workspace, capsys, "--weights", "leaky")
+    assert "1 of 2 test cases were seen" in message
+    assert "test case v04: other scans of its patient p04" in message
+    finetune(workspace, "--weights", "leaky", "--labels", "1", "--control", "none", "--allow-overlap", "--run", "leaky")
+    assert "so these figures are too good" in (workspace / "runs" / "leaky" / "results.md").read_text(encoding="utf-8")
     write_store(workspace / "store", ("train",) * 6)
     assert "0 for test" in refused(workspace, capsys, "--weights", "tiny")
     shutil.rmtree(workspace / "weights")

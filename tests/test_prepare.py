@@ -57,7 +57,7 @@ def scans(tmp_path: Path) -> Path:
 @pytest.fixture
 def prepared(workspace: Workspace, scans: Path) -> Prepare:
     def run(data: Path | None = None, **options: object) -> Audit:
-        options = {"modality": "ct", "workers": 1, **options}
+        options = {"modality": "ct", "workers": 0, **options}
         return prepare(data or scans, workspace.store, workspace, **options)  # type: ignore[arg-type]
 
     return run
@@ -413,7 +413,7 @@ def test_neither_the_verb_nor_its_workers_import_torch() -> None:
 
 
 def test_every_awkward_file_is_stored_or_named(shared_data: Path, workspace: Workspace) -> None:
-    audit = prepare(shared_data / "awkward", workspace.store, workspace, modality="mr", workers=1)
+    audit = prepare(shared_data / "awkward", workspace.store, workspace, modality="mr", workers=0)
     assert audit.volumes + len(audit.quarantined) == 24
     assert audit.volumes == 8  # seven of the eight orientations, and the NRRD of the FLAIR, are the same scan again
     assert sum("same voxels" in text for text in audit.quarantined.values()) == 8

@@ -1,6 +1,7 @@
 """Processes that read scans. Tasks are defined in a module that imports little, for every process imports it."""
 
 import os
+import time
 
 import pytest
 
@@ -15,12 +16,22 @@ def three_dies(number: int) -> int:
     return number * number
 
 
+def three_hangs(number: int) -> int:
+    if number == 3:
+        time.sleep(60)
+    return number
+
+
 def fails(number: int) -> int:
     raise ValueError(f"{number} is no good")
 
 
 def test_a_task_that_kills_its_process_is_named_and_the_others_go_on() -> None:
     assert list(in_processes(three_dies, range(6), 2, lambda task: -task)) == [0, 1, 4, -3, 16, 25]
+
+
+def test_a_task_without_end_is_named_and_the_others_go_on() -> None:
+    assert list(in_processes(three_hangs, [1, 3, 2], 1, lambda task: -task, seconds=1)) == [1, -3, 2]
 
 
 def test_exceptions_arrive() -> None:
@@ -43,7 +54,7 @@ def test_a_task_that_kills_its_dask_worker_is_named_and_the_others_go_on() -> No
         assert list(found) == [0, 1, 4, -3, 16, 25]
 
 
-def test_one_worker_is_this_process() -> None:
-    assert list(in_processes(lambda number: (number, os.getpid()), [7], 4, lambda task: (task, 0))) == [
+def test_no_workers_are_this_process() -> None:
+    assert list(in_processes(lambda number: (number, os.getpid()), [7], 0, lambda task: (task, 0))) == [
         (7, os.getpid())
     ]

@@ -51,7 +51,7 @@ class CaseMap:
         """Write the table, readable by its owner alone."""
         with write_aside(self.path, mode=0o600) as aside:
             aside.touch(mode=0o600)
-            with aside.open("w", newline="", encoding="utf-8") as stream:
+            with aside.open("w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
                 writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in (*self._others, *self.rows.values()))
@@ -59,7 +59,7 @@ class CaseMap:
 
 def _read(path: Path) -> list[Row]:
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
+        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as stream:
             return [_row(record) for record in csv.DictReader(stream)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(

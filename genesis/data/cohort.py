@@ -98,8 +98,11 @@ def find_cases(data: Path) -> Cohort:
         cohort = Cohort((), {}, data)
     cases = list(cohort.cases)
     if listed != data or not cases:
-        known = {path.resolve() for case in cases for path in (*case.images, *([case.label] if case.label else []))}
-        cases += _scans(path for path in _walk(data) if path.resolve() not in known)
+        # os.path.realpath, because Path.resolve raises for a link to itself.
+        known = {
+            os.path.realpath(path) for case in cases for path in (*case.images, *([case.label] if case.label else []))
+        }
+        cases += _scans(path for path in _walk(data) if os.path.realpath(path) not in known)
     if not cases:
         raise UserError(
             f"{data} holds no scans; what is read: NIfTI, NRRD, MHA/MHD, MGZ, DICOM series, PNG, JPEG; "
@@ -142,10 +145,15 @@ def split_of(patient: str, labelled: bool) -> Split:
 
     Labelled patients: 60 % train, 10 % val, 30 % test; unlabelled ones: 90 % train, 10 % val.
     """
-    place = int.from_bytes(hashlib.blake2b(patient.encode(), digest_size=8).digest(), "little") / 2**64
+    place = int.from_bytes(hashlib.blake2b(encoded(patient), digest_size=8).digest(), "little") / 2**64
     if place < 0.1:
         return "val"
     return "test" if labelled and place >= 0.7 else "train"
+
+
+def encoded(name: str) -> bytes:
+    """A name as bytes, also where it was not UTF-8 on the disk."""
+    return name.encode("utf-8", "surrogatepass")
 
 
 def _place(case: Case) -> Path:
@@ -155,17 +163,22 @@ def _place(case: Case) -> Path:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Scans and DICOM files below a folder (or the one file), in order; hidden ones are left out."""
+    """Scans and DICOM files below a folder (or the one file), in order, without hidden ones.
+
+    A folder that may not be opened is yielded itself, so that reading it says why.
+    """
     if folder.is_file():
         if suffix(folder) or is_dicom(folder):
             yield folder
         return
-    for where, folders, names in os.walk(folder):
+    closed: list[Path] = []
+    for where, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(where, name)
             if not name.startswith(".") and (suffix(path) or is_dicom(path)):
                 yield path
+    yield from closed
 
 
 def _scans(paths: Iterator[Path]) -> list[Case]:
@@ -215,7 +228,7 @@ def _table(path: Path) -> Iterator[Case]:
             label, target = "", label
         if target and not (target.isdecimal() and int(target) < 2**31):
             raise UserError(f"{where}: target {target!r} is not a whole number from 0.")
-        series = group_series(file for file in _walk(image) if not suffix(file)) if image.is_dir() else []
+        series = group_series(file for file in _walk(image) if not suffix(file)) if os.path.isdir(image) else []
         yield Case(
             tuple(file for one in series for file in one.files) or (image,),
             stem(image),
@@ -266,12 +279,14 @@ def _entry(folder: Path, entry: Any, split: Split | None) -> Case:
     """One entry: a path, a list of paths (one per channel), or {"image": …, "label": …}, with more `COLUMNS` if any."""
     fields = entry if isinstance(entry, dict) else {"image": entry}
     listed = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
+    if b"\0" in b"".join(map(os.fsencode, listed)):
+        raise ValueError("zero byte in a path")
     images = tuple(folder / name for name in listed)
     first, ending = images[0], suffix(images[0])
     name = stem(first)
     if len(images) > 1:
         name = next(iter(channel_groups(images)))[1]
-    elif not first.exists():  # nnU-Net 1 lists CASE.nii.gz and means CASE_0000.nii.gz, CASE_0001.nii.gz, …
+    elif not os.path.exists(first):  # nnU-Net 1 lists CASE.nii.gz and means CASE_0000.nii.gz, CASE_0001.nii.gz, …
         images = tuple(sorted(first.parent.glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))) or images
     label, target = folder / fields["label"] if fields.get("label") else None, fields.get("target")
     if target is not None and not (type(target) is int and 0 <= target < 2**31):

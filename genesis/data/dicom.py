@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from .formats import LPS_TO_RAS, Quarantine, Raw, check_size, grey, rescaled, smallest
+from .formats import LPS_TO_RAS, Quarantine, Raw, check_file, check_size, grey, rescaled, smallest
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the spacing: how far a slice may lie from where an even spacing puts it
@@ -32,6 +32,8 @@ def is_dicom(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
+        if not path.is_file():  # a pipe would never end
+            return False
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
     except OSError:
@@ -73,7 +75,7 @@ def read_series(files: Sequence[Path]) -> Raw:
     affine[:3, 1] = orientation[3:] * row_mm
     affine[:3, 2] = step
     affine[:3, 3] = origin
-    check_size((*first.size, len(headers)), 1, None, compressed=True)
+    check_size((*first.size, len(headers)), 1, sum(file.stat().st_size for file in files), compressed=True)
     slices = [headers[i].pixels() for i in order]
     array = np.stack(slices, axis=-1).transpose(1, 0, 2)[None]
     return Raw(array, LPS_TO_RAS @ affine, first.patient, first.text("0008|0060"), notes)
@@ -121,6 +123,7 @@ class _Header:
     """What one DICOM file says of itself."""
 
     def __init__(self, file: Path) -> None:
+        check_file(file)
         self._reader = sitk.ImageFileReader()
         self._reader.SetImageIO("GDCMImageIO")
         self._reader.SetFileName(str(file))
@@ -131,6 +134,7 @@ class _Header:
                 "a damaged DICOM file, or one without an image (a plan, a report, a contour set)"
             ) from None
         self.size = tuple(self._reader.GetSize()[:2])
+        check_size(self.size, 1, file.stat().st_size, compressed=True)
 
     def text(self, tag: str) -> str:
         value = self._reader.GetMetaData(tag) if self._reader.HasMetaDataKey(tag) else ""

@@ -7,7 +7,9 @@ passed on, for they name files.
 import gzip
 import logging
 import math
+import os
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,6 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError, ImageDataError
 
 NIFTI = (".nii", ".nii.gz")
 MGH = (".mgz", ".mgh")
@@ -27,7 +27,9 @@ SUFFIXES = NIFTI + MGH + ITK + PICTURE
 
 MAX_VOXELS = 2**31  # 8 GiB as float32; the largest clinical volumes have 2**30
 DEFLATE_RATIO = 1040  # deflate cannot shrink anything further
+BOMB = 2**29, 400  # so many voxels (512 × 512 × 2048) are never packed so tightly (× smaller), not even in a label map
 BLOCK = 2**20  # voxels read at a time
+TRAILING = 16  # blocks behind the voxels that are read to reach a checksum
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # Complaints about headers go to the audit, not to the terminal.
@@ -64,23 +66,45 @@ def suffix(path: Path) -> str:
 def read_file(path: Path) -> Raw:
     """Read a NIfTI, MGZ, NRRD, MetaImage, PNG or JPEG file; raises `Quarantine`."""
     kind = suffix(path)
-    if not path.is_file():
-        raise Quarantine("the file is missing")
-    if path.stat().st_size == 0:
-        raise Quarantine("the file is empty")
+    check_file(path)
     try:
-        if kind in NIFTI + MGH:
-            return _nibabel(path)
-        if kind in ITK:
-            return _itk(path)
-        if kind in PICTURE:
-            return _picture(path)
+        with np.errstate(all="ignore"):  # absurd numbers of a header are judged by what comes of them
+            if kind in NIFTI + MGH:
+                return _nibabel(path)
+            if kind in ITK:
+                return _itk(path)
+            if kind in PICTURE:
+                return _picture(path)
+    except Quarantine:
+        raise
     except MemoryError:
         raise Quarantine("it does not fit into memory") from None
-    except (OSError, EOFError, zlib.error, ValueError, RuntimeError, ArithmeticError, KeyError, HeaderDataError,
-            ImageDataError, ImageFileError):  # fmt: skip
+    except Exception:  # the libraries raise anything for a damaged file
         raise Quarantine(f"damaged, cut off, or not a {kind} file") from None
     raise Quarantine(f"files of type {path.suffix or 'unknown'} are not read")
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file with something in it that may be read; a pipe would never end."""
+    try:
+        str(path).encode()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Quarantine("not a file but a folder, a pipe or a device")
+        if status.st_size == 0:
+            raise Quarantine("the file is empty")
+        path.open("rb").close()
+    except ValueError:
+        raise Quarantine("the name of the file or of its folder is not text in UTF-8; rename it") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise Quarantine("the file is missing") from None
+    except OSError as error:
+        raise Quarantine(unopened(error)) from None
+
+
+def unopened(error: OSError) -> str:
+    """Why a file or folder cannot be opened, without its name."""
+    return f"it cannot be opened: {os.strerror(error.errno or 0).lower()}"
 
 
 def rescaled(raw: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -108,7 +132,7 @@ def smallest(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def check_size(shape: tuple[int, ...], voxel_bytes: int, stored_bytes: int | None, compressed: bool) -> None:
+def check_size(shape: tuple[int, ...], voxel_bytes: int, stored_bytes: int, compressed: bool) -> None:
     """Refuse a header that announces more voxels than are plausible, or than the file can hold."""
     voxels = math.prod(shape)
     size = " × ".join(map(str, shape))
@@ -116,8 +140,10 @@ def check_size(shape: tuple[int, ...], voxel_bytes: int, stored_bytes: int | Non
         raise Quarantine(f"the header announces a volume without voxels ({size})")
     if voxels > MAX_VOXELS:
         raise Quarantine(f"the header announces {size} voxels, more than any scan has")
-    if stored_bytes is not None and voxels * voxel_bytes > stored_bytes * (DEFLATE_RATIO if compressed else 1):
+    if voxels * voxel_bytes > stored_bytes * (DEFLATE_RATIO if compressed else 1):
         raise Quarantine(f"the header announces {size} voxels, more than the file holds; the file is cut off")
+    if voxels > BOMB[0] and voxels * voxel_bytes > stored_bytes * BOMB[1]:
+        raise Quarantine(f"{size} voxels packed into {stored_bytes} bytes: made to exhaust memory, not a scan")
 
 
 def _nibabel(path: Path) -> Raw:
@@ -156,9 +182,10 @@ def _voxels(stream: BinaryIO | gzip.GzipFile, dtype: np.dtype, count: int) -> np
         part = voxels[start : start + BLOCK]
         with np.errstate(over="ignore"):  # beyond float32 is infinite, and counted as such
             part[...] = np.frombuffer(stream.read(part.size * dtype.itemsize), dtype, part.size)
-    while stream.read(BLOCK):
-        pass
-    return voxels
+    for _ in range(TRAILING):
+        if not stream.read(BLOCK):
+            return voxels
+    raise Quarantine("the file goes on far beyond the voxels that its header announces")
 
 
 def _check_nifti_spacing(path: Path, header_class: type[nib.Nifti1Header], shape: tuple[int, ...]) -> None:
@@ -178,9 +205,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
 
 
 def _itk(path: Path) -> Raw:
-    stored = path
-    if suffix(path) in (".mhd", ".nhdr", ".mha"):
-        stored = _data_file(path)
+    stored, start, packed = _stored(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -191,7 +216,9 @@ def _itk(path: Path) -> Raw:
         raise Quarantine("colour (RGB) instead of intensities")
     dims = reader.GetDimension()
     voxel_bytes = int(bits[1]) // 8 * components if (bits := re.search(r"(\d+)-bit", pixel)) else 1
-    check_size(reader.GetSize(), voxel_bytes, stored.stat().st_size, compressed=True)
+    check_size(reader.GetSize(), voxel_bytes, stored.stat().st_size, packed)
+    if packed:
+        _check_packed(stored, start, math.prod(reader.GetSize()) * voxel_bytes)
     image = reader.Execute()
     array = sitk.GetArrayFromImage(image)
     if components == 1:
@@ -203,24 +230,45 @@ def _itk(path: Path) -> Raw:
     return Raw(_channels_first(array), itk_affine(image))
 
 
-def _data_file(path: Path) -> Path:
-    """The file with the voxels of a MetaImage or NRRD header; refuses spacings that ITK silently changes."""
+def _check_packed(file: Path, start: int, expected: int) -> None:
+    """Of a damaged stream ITK takes, without a word, whatever lies in memory for the voxels that are missing."""
+    inflate, size = zlib.decompressobj(47), 0  # zlib's or gzip's header
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while size <= expected and not inflate.eof and (part := stream.read(BLOCK)):
+            while part and size <= expected:
+                size += len(inflate.decompress(part, 16 * BLOCK))
+                part = inflate.unconsumed_tail
+    if not inflate.eof or size != expected:
+        raise Quarantine("damaged or cut off: its compressed voxels are not as many as the header announces")
+
+
+def _stored(path: Path) -> tuple[Path, int, bool]:
+    """The file with the voxels of a MetaImage or NRRD, where they begin, and whether they are compressed.
+
+    Refuses spacings that ITK silently changes, and files elsewhere, to which no header of somebody else's may lead.
+    """
     with path.open("rb") as stream:
-        text = stream.read(65536).split(b"LOCAL")[0].decode("latin-1")
+        head = stream.read(65536)
+    end = re.search(rb"LOCAL\r?\n|\r?\n\r?\n", head)
+    text = head[: end.start() if end else None].decode("latin-1")
     fields = {
         key.strip().lower(): value.strip()
         for key, _, value in (re.sub(r"[:=]", "\0", line, count=1).partition("\0") for line in text.splitlines())
     }
-    for step in fields.get("elementspacing", "").split():
-        if not float(step) > 0:
-            raise Quarantine(f"voxel size {fields['elementspacing'].replace(' ', ' × ')} mm in the header")
+    spacing = fields.get("elementspacing") or fields.get("spacings") or ""
+    if any(not float(step) > 0 for step in spacing.split()):
+        raise Quarantine(f"voxel size {' × '.join(spacing.split())[:60]} mm in the header")
+    packed = fields.get("encoding") in ("gz", "gzip") or fields.get("compresseddata", "").lower() == "true"
     name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile")
     if not name or name.upper() == "LOCAL":
-        return path
+        return path, end.end() if end else 0, packed
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Quarantine("its voxels are in a file outside of its folder; put both into one")
     stored = path.parent / name
     if not stored.is_file():
         raise Quarantine("the header's data file is missing, or the voxels are spread over several files")
-    return stored
+    return stored, int(fields.get("byte skip") or fields.get("headersize") or 0), packed
 
 
 def itk_affine(image: sitk.Image) -> np.ndarray:

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from .cohort import Case, Split
+from .cohort import Case, Split, encoded
 from .foreground import bounding_box, foreground_mask
+from .likeness import likeness
 from .quantization import quantize
 from .scans import Quarantine, Scan, read_label_map, read_scan
 from .store import Box, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
+AIR_HU, TISSUE_HU = (
+    -1500.0,
+    -400.0,
+)  # with the intercept applied twice, air is below the one, and tissue below the other
+CHANGED = "it changed, or vanished, while it was read; run the same command again"
 DEVICES = {  # DICOM's codes of what is surely one modality, or none of ours
     "CT": "ct", "MR": "mr", "CR": "xray", "DX": "xray", "RG": "xray", "MG": "xray",
     "US": "", "PT": "", "NM": "", "SEG": "", "RTDOSE": "",
@@ -53,6 +59,26 @@ def hashed(key: bytes, kind: str, *content: bytes | memoryview) -> str:
 def take_in(task: Task) -> Outcome:
     """Read one case and write its volume; whatever is wrong with it becomes the reason."""
     case = task.case
+    files = [*case.images, *([case.label] if case.label else [])]
+    before = [stamp(file) for file in files]
+    try:
+        outcome = _take_in(task)
+    except MemoryError:
+        outcome = Outcome(reason="it does not fit into memory")
+    return outcome if [stamp(file) for file in files] == before else Outcome(reason=CHANGED)
+
+
+def stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of the last change (ns since 1970) of a file; None where there is none that may be looked at."""
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _take_in(task: Task) -> Outcome:
+    case = task.case
     try:
         scan = read_scan(case.images, task.channels)
         if scan.device in DEVICES and DEVICES[scan.device] != task.modality:
@@ -60,8 +86,6 @@ def take_in(task: Task) -> Outcome:
         notes = scan.notes + _plausible(scan.array, task.modality)
     except Quarantine as fault:
         return Outcome(reason=str(fault))
-    except MemoryError:
-        return Outcome(reason="it does not fit into memory")
     try:
         labels = read_label_map(case.label, scan) if case.label else None
     except Quarantine as fault:
@@ -77,6 +101,10 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
     if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(array))) <= FEW_VALUES:
         raise Quarantine(f"only {few} different values: a label map or a mask, not a scan")
     low, high = float(array.min()), float(array.max())
+    if modality == "ct" and low < AIR_HU and (dense := float(np.percentile(sample, 99))) < TISSUE_HU:
+        raise Quarantine(
+            f"99 % of its values are below {dense:.0f} HU, so nothing in it is tissue; was the intercept applied twice?"
+        )
     if modality == "ct" and low >= 0:
         if high <= 255:
             raise Quarantine(f"values from {low:g} to {high:g} are not Hounsfield units (a picture or a label map?)")
@@ -114,7 +142,7 @@ def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: byte
     box = bounding_box(mask)
     meta = VolumeMeta(
         volume=source[:16],
-        patient=hashed(key, "patient", case.patient.encode())[:16],
+        patient=hashed(key, "patient", encoded(case.patient))[:16],
         source=source,
         modality=modality,
         shape=(channels, x, y, z),
@@ -129,5 +157,7 @@ def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: byte
         labelled=case.labelled,
         target=case.target,
         values=(float(array.min()), float(array.max())),
+        content=hashed(b"", "voxels", layout, quantized.array.data),
+        likeness=likeness(array[0]),
     )
     return meta, quantized.array

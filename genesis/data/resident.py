@@ -78,7 +78,7 @@ class ResidentVolumes:
         # A run of voxels along z may go on behind the end of the last volume: what is there has no weight.
         self._voxels = torch.zeros(int(sizes.sum() + self._shape[:, 2].max()), dtype=torch.int16, device=device)
         places = self._voxels[: int(sizes.sum())].split(sizes.tolist())
-        processes = min(available_cores(), 1 + self._voxels.nbytes // READ_PER_PROCESS)
+        processes = min(available_cores(), self._voxels.nbytes // READ_PER_PROCESS)
         with progress("reading", len(volumes), "volumes") as bar:
             for number, array in enumerate(in_processes(Volume.read, volumes, processes, _crashed)):
                 if array.dtype == np.uint16:

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..files import write_aside
 from .dicom import is_dicom, read_series
-from .formats import Quarantine, Raw, read_file, suffix
+from .formats import Quarantine, Raw, read_file, suffix, unopened
 
 __all__ = ["Quarantine", "Scan", "read_label_map", "read_scan", "write_label_map"]
 
@@ -129,9 +130,12 @@ def _files(path: Path | Sequence[Path]) -> list[Path]:
         if len(path) > 1:
             return list(path)
         path = path[0]
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises where it may not look
         return [path]
-    files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)]
+    try:
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and is_dicom(file)]
+    except OSError as error:
+        raise Quarantine(unopened(error)) from None
     if not files:
         raise Quarantine("a folder without DICOM files")
     return files

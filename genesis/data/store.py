@@ -63,6 +63,8 @@ class VolumeMeta:
     target: int | None  # class of the whole scan
     values: tuple[float, float]  # minimum and maximum, physical units
     schema: int = SCHEMA
+    content: str = ""  # hash of the voxels without a key, so that everybody who has the same scan can compare
+    likeness: str = ""  # perceptual hash, as in likeness.py
 
 
 class Volume:

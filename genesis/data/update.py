@@ -13,19 +13,18 @@ from ..errors import UserError
 from ..progress import progress
 from .case_map import CaseMap, Row
 from .cluster import in_cluster
-from .cohort import Case, Split, splits_of
+from .cohort import Case, Split, encoded, splits_of
 from .formats import PICTURE, suffix
-from .intake import Outcome, Task, hashed, take_in
+from .intake import Outcome, Task, hashed, stamp, take_in
 from .store import INCOMING, Modality, Volume, VolumeMeta, move_volume, remove_volume, write_volume
 from .workers import available_cores, in_processes
 
 if TYPE_CHECKING:
     from distributed import Client
 
-READER = 1  # to be raised when the same files would be stored differently
-INLINE = 4  # so few scans are read sooner than processes start
+READER = 2  # to be raised when the same files would be stored differently
 REMEMBER_EVERY = 5.0  # seconds
-CRASHED = "reading it crashed the reader: damaged, or too large for the memory of this machine"
+CRASHED = "reading it crashed the reader or did not end: damaged, or too large for the memory of this machine"
 DUPLICATE = "the same voxels as another scan of the store"
 
 
@@ -56,7 +55,7 @@ def update_store(
 ) -> list[VolumeMeta]:
     """Read the new and changed ones of `cases`, all from `data`, into the store; return what it then holds.
 
-    `workers` is the number of processes of this machine (None: one per core), or a Dask cluster.
+    `workers` is the number of processes of this machine (None: one per core; 0: this one), or a Dask cluster.
     Of the other rows of the case map `kept` stay, and so do their volumes; volumes without a row are removed. Where
     none of `cases` can be used, the store stays as it was, and nothing is returned. When it is interrupted, what was
     read is kept, and the next call goes on. The caller removes `INCOMING` once all else of the store is written.
@@ -86,7 +85,7 @@ def update_store(
     case_map.rows = rows = rows | settled
     taken = {row.id for row in rows.values() if not row.reason}
     if workers is None or isinstance(workers, int):
-        processes = 1 if len(tasks) <= INLINE else workers or available_cores()
+        processes = available_cores() if workers is None else workers
         results = in_processes(take_in, tasks, processes, _crashed)
     else:
         results = in_cluster(take_in, tasks, workers, _crashed)
@@ -154,22 +153,20 @@ def _intact(store: Path) -> set[str]:
 def _fingerprint(case: Case, reading: Reading) -> str:
     """Of everything that the stored volume follows from, as far as it can be seen without reading."""
     files = [*case.images, *([case.label] if case.label else [])]
-    stats = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file) for file in files
-    ]
+    stats = [(str(file), stamp(file)) for file in files]
     about = (READER, case.patient, case.split, case.target, case.label, reading.modality_of(case), reading.channels)
     return hashlib.blake2b(repr((about, stats, hashed(reading.key, "key"))).encode(), digest_size=16).hexdigest()
 
 
 def _row(path: str, case: Case, outcome: Outcome, store: str, data: Path, print_: str, key: bytes) -> Row:
-    stats = [file.stat() for file in case.images if file.exists()]
+    stamps = [found for file in case.images if (found := stamp(file))]
     return Row(
         id=outcome.volume or _stand_in(path, key),
         path=path,
         patient=case.patient,
         name=case.name,
-        bytes=sum(stat.st_size for stat in stats),
-        modified=max((stat.st_mtime_ns for stat in stats), default=0),
+        bytes=sum(size for size, _ in stamps),
+        modified=max((modified for _, modified in stamps), default=0),
         split=case.split,
         labelled=case.labelled,
         reason=outcome.reason,
@@ -187,7 +184,7 @@ def _refused(row: Row, reason: str, key: bytes) -> Row:
 
 
 def _stand_in(path: str, key: bytes) -> str:
-    return hashed(key, "case", path.encode())[:16]
+    return hashed(key, "case", encoded(path))[:16]
 
 
 def _unify(case_map: CaseMap, metas: dict[str, VolumeMeta], key: bytes) -> None:

@@ -1,6 +1,7 @@
 """Run a function over tasks in fresh processes, and survive the death of one."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -15,22 +16,30 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+TASK_SECONDS = 900  # the largest scan takes a minute; a slow network drive some more
+
+
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(
-    function: Callable[[T], R], tasks: Sequence[T], workers: int, crashed: Callable[[T], R]
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    workers: int,
+    crashed: Callable[[T], R],
+    seconds: int = TASK_SECONDS,
 ) -> Iterator[R]:
     """`map(function, tasks)` in up to `workers` processes; results come in the order of the tasks.
 
-    A task that kills its process (a library's crash, no memory left) yields `crashed(task)`; the others go on.
-    With one worker everything runs in this process.
+    A task that kills its process (a library's crash, no memory left), or takes longer than `seconds`, yields
+    `crashed(task)`; the others go on. With no workers everything runs in this process, which has no such protection.
     """
-    if min(workers, len(tasks)) <= 1:
+    if not workers:
         yield from map(function, tasks)
         return
+    function = functools.partial(_limited, function, seconds)
     done = 0
     while done < len(tasks):
         try:
@@ -55,6 +64,17 @@ def _pool(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Itera
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _limited(function: Callable[[T], R], seconds: int, task: T) -> R:
+    """The alarm kills the process, wherever in a library it hangs (not on Windows, which has no such alarm)."""
+    if not hasattr(signal, "alarm"):
+        return function(task)
+    signal.alarm(seconds)
+    try:
+        return function(task)
+    finally:
+        signal.alarm(0)
 
 
 def _ignore_interrupt() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} is damaged (its checksum does not match): restore it from a copy, "
             "or start a new run with another --run NAME."
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise UserError(
+            f"The checkpoint {path} holds more than tensors and plain values; it is none of ours."
+        ) from None
     check_schema(path, state["schema"], SCHEMA)
     return state
 

@@ -25,7 +25,7 @@ from ..errors import TrainingAlarm
 from ..files import read_json, write_aside, write_json
 from ..models import Backbone, build_described
 from ..seeding import key
-from ..weights import Card, CohortCard, TaskCard, load_into, write_package
+from ..weights import Card, CohortCard, SeenVolume, TaskCard, load_into, write_package
 from .cases import Splits, choose
 from .comparison import Score
 from .tasks import Task
@@ -46,6 +46,7 @@ class Experiment:
     settings: FinetuneConfig
     device: torch.device
     id_key_hash: str
+    overlap: tuple[str, ...] = ()  # test cases that pretraining saw, and how that is known
 
     def run(self, arms: Sequence[str], counts: Sequence[int], seeds: Sequence[int]) -> list[Score]:
         """Train and test every arm at every number of labelled cases with every seed."""
@@ -68,12 +69,15 @@ class Experiment:
         """The weights package of one trained model, for `predict`."""
         backbone, method = self._trained(score.arm, score.labels, score.seed, score.learning_rate)
         cohort = self.card.pretraining.cohort
+        seen = (*self.splits.train, *self.splits.validation)
+        both = {one.content: one for one in (*SeenVolume.of(seen), *cohort.seen)}
+        cohort = cohort.model_copy(update={"seen": tuple(both.values())})
         if cohort.key in (None, self.id_key_hash):  # hashes of two keys in one list could not be told apart
-            seen = (*self.splits.train, *self.splits.validation)
             cohort = CohortCard(
                 key=self.id_key_hash,
                 patients=tuple(sorted({*cohort.patients, *(meta.patient for meta in seen)})),
                 volumes=tuple(sorted({*cohort.volumes, *(meta.volume for meta in seen)})),
+                seen=cohort.seen,
             )
         write_package(
             folder,

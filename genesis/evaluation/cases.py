@@ -7,6 +7,7 @@ from operator import itemgetter
 
 import torch
 
+from ..data.likeness import lookalikes
 from ..data.store import VolumeMeta, VolumeStore
 from ..errors import UserError
 from ..seeding import generator, key
@@ -82,8 +83,10 @@ def training_counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
     return tuple(sorted({there if text == "all" else int(text) for text in labels}))
 
 
-def report_cases(cases: Sequence[VolumeMeta], splits: Splits, seen: CohortCard, id_key_hash: str) -> None:
-    """Say how the cases are split; refuse test cases that pretraining has seen."""
+def report_cases(
+    cases: Sequence[VolumeMeta], splits: Splits, seen: CohortCard, id_key_hash: str, *, allow_overlap: bool
+) -> tuple[str, ...]:
+    """Say how the cases are split; refuse test cases that pretraining has seen, or return and list them if allowed."""
     print(
         f"{len(cases)} labelled cases, split by patient: {len(splits.train)} for training, "
         f"{len(splits.validation)} for validation, {len(splits.test)} for test."
@@ -91,19 +94,46 @@ def report_cases(cases: Sequence[VolumeMeta], splits: Splits, seen: CohortCard, 
     moved = len(splits.validation) - sum(meta.split == "val" for meta in cases)
     if moved:
         print(f"Validation was topped up with {moved} cases from training.")
+    overlap = overlaps(splits.test, seen)
+    if overlap:
+        listed = "\n".join(f"  {pair}" for pair in overlap)
+        found = f"{len(overlap)} of {len(splits.test)} test cases were seen in pretraining"
+        if not allow_overlap:
+            raise UserError(
+                f"{found}, so results on them would mean nothing:\n{listed}\nPretrain with --exclude FILE, give other "
+                "test cases, or report all the same with --allow-overlap."
+            )
+        print(f"WARNING: {found}; the results are too good:\n{listed}")
+        return overlap
+    unlike = f"None of the {len(splits.test)} test cases looks like one of the {len(seen.seen)} volumes of pretraining"
     patients = {meta.patient for meta in splits.test}
-    leaked = {meta.patient for meta in splits.test if meta.patient in seen.patients or meta.volume in seen.volumes}
-    if leaked:
-        raise UserError(
-            f"{len(leaked)} of {len(patients)} test patients were seen in pretraining, for instance {min(leaked)}: "
-            "results on them would mean nothing. Pretrain with --exclude FILE, or give other test cases."
-        )
-    if seen.patients and seen.key != id_key_hash:
+    if seen.patients and seen.key == id_key_hash:
+        print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
+    elif seen.seen:
+        print(f"{unlike}; other scans of its patients cannot be told, for it hashed their ids with another key.")
+    elif seen.patients:
         print(
             "Whether pretraining saw the test patients cannot be told: it hashed their ids with another key; use the "
             "same workspace for both, or the same GENESIS_ID_KEY."
         )
-    elif seen.patients:
-        print(f"None of the {len(patients)} test patients is among the {len(seen.patients)} that pretraining saw.")
     else:
         print("Whether pretraining saw the test patients is not known: the package names no patients.")
+    return ()
+
+
+def overlaps(test: Sequence[VolumeMeta], seen: CohortCard) -> tuple[str, ...]:
+    """The test cases that a cohort has, each with how that is known: by its id, its patient's, its voxels, its look."""
+    contents = {one.content: one.volume for one in seen.seen}
+    looks = [one.likeness for one in seen.seen]
+    volumes, patients = set(seen.volumes), set(seen.patients)
+    found = []
+    for meta in test:
+        if meta.volume in volumes:
+            found.append(f"test case {meta.volume}: itself")
+        elif meta.patient in patients:
+            found.append(f"test case {meta.volume}: other scans of its patient {meta.patient}")
+        elif meta.content in contents:
+            found.append(f"test case {meta.volume}: the same voxels as {contents[meta.content]}")
+        elif meta.likeness and (alike := lookalikes(meta.likeness, looks)):
+            found.append(f"test case {meta.volume}: looks like {seen.seen[alike[0]].volume}")
+    return tuple(found)

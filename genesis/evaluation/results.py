@@ -110,6 +110,7 @@ def _as_json(
         "task": experiment.task.kind,
         "metric": experiment.task.metric,
         "cases": {split: len(metas) for split, metas in vars(experiment.splits).items()},
+        "overlap": list(experiment.overlap),
         "scores": [asdict(score) for score in scores],
         "summary": rows(
             [
@@ -148,6 +149,11 @@ def _as_markdown(experiment: Experiment, scores: Sequence[Score], arms: Sequence
         f"Every arm: {settings.steps} steps of {settings.batch_size}, the same cases, order and augmentations; its "
         f"learning rate is the best of {', '.join(f'{r:g}' for r in settings.learning_rates)} on the validation cases.",
     ]
+    if experiment.overlap:
+        parts.append(
+            f"**Pretraining saw {len(experiment.overlap)} of the test cases, so these figures are too good:** "
+            f"{'; '.join(experiment.overlap)}."
+        )
     if len(arms) == 2:
         parts.append(_chance(len({score.seed for score in scores})))
     parts.append("![learning curves](figures/learning_curves.png)")

@@ -1,13 +1,17 @@
 """The card of a weights package: what the network is, what of it is trained, and which data it expects."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._version import __version__
 from ..errors import UserError
 from ..files import check_schema, read_json
+
+if TYPE_CHECKING:
+    from ..data.store import VolumeMeta
 
 SCHEMA = 1
 
@@ -42,15 +46,31 @@ class DataCard(_Section):
     intensity_range: tuple[Finite, Finite] = (0.0, 1.0)
 
 
-class CohortCard(_Section):
-    """Hashes of what was seen, so that leakage can be checked; they reveal nothing without the key they were made with.
+class SeenVolume(_Section):
+    """Hashes of one volume's voxels, without a key: who has the scan, or a copy, can tell that it was seen."""
 
-    `key` tells whether hashes of two cohorts can be compared: it is the key's own hash.
+    volume: str  # its id, by the cohort's key
+    content: str
+    likeness: str
+
+    @classmethod
+    def of(cls, metas: Iterable["VolumeMeta"]) -> tuple["SeenVolume", ...]:
+        """Sorted by id; without those of stores that have no such hashes."""
+        seen = (cls(volume=meta.volume, content=meta.content, likeness=meta.likeness) for meta in metas if meta.content)
+        return tuple(sorted(seen, key=lambda one: one.volume))
+
+
+class CohortCard(_Section):
+    """Hashes of what was seen, so that leakage can be checked; ids reveal nothing without the key they were made with.
+
+    `key` tells whether ids of two cohorts can be compared: it is the key's own hash. `seen` can always be compared; it
+    is empty, or lacks volumes, when these come from stores of earlier versions.
     """
 
     key: str | None = None
     patients: tuple[str, ...]
     volumes: tuple[str, ...]
+    seen: tuple[SeenVolume, ...] = ()
 
 
 class PretrainingCard(_Section):
