@@ -156,7 +156,7 @@ def _child(verb: str, arguments: list[str], root: Path, log: Path, kill_at: int,
 
 
 def contents(workspace: Path) -> dict[str, str]:
-    """A hash of every file but TensorBoard's, which hold times, and the store's index, which is made when it is asked."""
+    """A hash of every file but TensorBoard's, which hold times, and the store's index, made when it is asked for."""
     found = {}
     for file in sorted(workspace.rglob("*")):
         name = file.relative_to(workspace).as_posix()
