@@ -111,12 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = "what was written before stays valid"
         if is_out_of_memory(error):
             _fail(f"genesis {options.verb}: no memory left; ask for less or free some, and repeat; {kept}.", 2)
-        if lost_a_process(error):  # said by every survivor: the first to fail cannot speak
+        lost = lost_a_process(error)
+        if not first_to_fail(otherwise=lost or is_first()):  # another has said why
+            sys.exit(1)
+        if lost:  # the one that died could not speak
             again = "see what it said, and start all of them again with the same command"
             print(f"genesis {options.verb}: another of the processes died; {again}; {kept}.", file=sys.stderr)
             sys.exit(2)
-        if not first_to_fail():
-            sys.exit(1)
         raise
 
 
@@ -151,7 +152,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 def _fail(message: str, code: int) -> NoReturn:
     """Of several processes, only one says why."""
-    if first_to_fail():
+    if first_to_fail(otherwise=is_first()):
         print(message, file=sys.stderr)
     sys.exit(code)
 

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from ..errors import UserError
 
-_SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # in errors of torch, CUDA, cuDNN and cuBLAS
+# In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.
+_SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "could not create a primitive")
+_NO_SIGN = "could not create a primitive descriptor"  # for a shape that oneDNN does not know
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, on the device or the host."""
+    said = str(error)
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+        isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS) and _NO_SIGN not in said
     )
 
 

@@ -63,10 +63,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
-def first_to_fail() -> bool:
+def first_to_fail(*, otherwise: bool) -> bool:
     """To be asked once by a process that fails: whether it is the first, the one that says why.
 
-    The others failed for the same reason, or because they lost the first one.
+    The others failed for the same reason, or because they lost the first one. `otherwise` is the answer where nobody is
+    left to tell.
     """
     environment = os.environ
     if int(environment.get("WORLD_SIZE") or environment.get("SLURM_NTASKS") or 1) == 1:
@@ -78,7 +79,7 @@ def first_to_fail() -> bool:
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
         return store.add("genesis/failed", 1) == 1
     except (KeyError, RuntimeError):  # under srun it is there only as long as the first process runs
-        return is_first()
+        return otherwise
 
 
 def lost_a_process(error: Exception) -> bool:
