@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
-from .formats import LPS_TO_RAS, Quarantine, Raw, check_file, check_size, grey, rescaled, smallest
+from .formats import LPS_TO_RAS, Quarantine, Raw, check_file, check_size, grey, rescaled, simple_itk, smallest
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the spacing: how far a slice may lie from where an even spacing puts it
@@ -124,7 +123,7 @@ class _Header:
 
     def __init__(self, file: Path) -> None:
         check_file(file)
-        self._reader = sitk.ImageFileReader()
+        self._reader = simple_itk().ImageFileReader()
         self._reader.SetImageIO("GDCMImageIO")
         self._reader.SetFileName(str(file))
         try:
@@ -157,7 +156,7 @@ class _Header:
     def pixels(self) -> np.ndarray:
         """(rows, columns), rescaled once: SimpleITK does it while reading."""
         try:
-            array = sitk.GetArrayFromImage(self._reader.Execute())
+            array = simple_itk().GetArrayFromImage(self._reader.Execute())
         except RuntimeError:
             raise Quarantine(
                 "a slice of the DICOM series is damaged, or compressed in a way that is not read"

@@ -12,12 +12,12 @@ import re
 import stat
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 
 NIFTI = (".nii", ".nii.gz")
 MGH = (".mgz", ".mgh")
@@ -34,7 +34,15 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 # Complaints about headers go to the audit, not to the terminal.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
+@cache
+def simple_itk() -> Any:
+    """The module, which complains no more; imported when a scan needs it: training on a store does without."""
+    import SimpleITK
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    return SimpleITK
 
 
 class Quarantine(Exception):
@@ -206,6 +214,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
 
 def _itk(path: Path) -> Raw:
     stored, start, packed = _stored(path)
+    sitk = simple_itk()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
@@ -271,8 +280,8 @@ def _stored(path: Path) -> tuple[Path, int, bool]:
     return stored, int(fields.get("byte skip") or fields.get("headersize") or 0), packed
 
 
-def itk_affine(image: sitk.Image) -> np.ndarray:
-    """4×4 voxel → RAS mm of the first three axes of an ITK image, whose world is LPS."""
+def itk_affine(image: Any) -> np.ndarray:
+    """4×4 voxel → RAS mm of the first three axes of a `SimpleITK.Image`, whose world is LPS."""
     dims = image.GetDimension()
     direction = np.array(image.GetDirection()).reshape(dims, dims)[:3, :3]
     affine = np.eye(4)
@@ -283,6 +292,7 @@ def itk_affine(image: sitk.Image) -> np.ndarray:
 
 
 def _picture(path: Path) -> Raw:
+    sitk = simple_itk()
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
