@@ -20,7 +20,7 @@ from cohort import pseudo_labels, read, write_scans
 from measure import Row, row, seconds, write
 
 from genesis.config import load_config
-from genesis.data.patches import PseudoLabelPatches, WholeVolumes
+from genesis.data.samplers import PseudoLabelPatches, WholeVolumes
 from genesis.data.store import VolumeStore
 from genesis.discovery.latents import encode, shrink
 from genesis.engine.optimizer import OptimizerSettings

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from genesis.config import load_config
-from genesis.data.patches import WholeVolumes, cut
+from genesis.data.patches import cut
+from genesis.data.samplers import WholeVolumes
 from genesis.data.store import VolumeStore
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm

@@ -75,18 +75,33 @@ class CorruptionConfig(_Section):
     paint_fill: Literal["voxel", "constant"]
 
 
-class MethodConfig(_Section):
-    name: Literal["semantic_genesis"]
+Needs = Literal["patches", "pseudo_labels", "views", "reports"]  # which sampler feeds a method
+
+
+class RestorationConfig(_Section):
+    """Semantic Genesis, and what it is made of: one method with switches."""
+
+    name: Literal[
+        "semantic_genesis", "models_genesis", "inpainting", "patch_shuffling", "autoencoder", "classification_only"
+    ]
+    semantics: bool = True  # also classify pseudo-labels, which discover finds
     lambda_rec: float = Field(ge=0)
-    lambda_cls: float = Field(ge=0)
+    lambda_cls: float = Field(ge=0)  # without semantics it has no effect
     classify: Literal["corrupted", "clean"]
     corruption: CorruptionConfig
 
+    @property
+    def needs(self) -> Needs:
+        return "pseudo_labels" if self.semantics else "patches"
+
     @model_validator(mode="after")
-    def _learns(self) -> "MethodConfig":
-        if not self.lambda_rec and not self.lambda_cls:
-            raise ValueError("lambda_rec and lambda_cls are both 0: nothing would be learned")
+    def _learns(self) -> "RestorationConfig":
+        if not self.lambda_rec and not (self.semantics and self.lambda_cls):
+            raise ValueError("lambda_rec is 0 and so is lambda_cls, or semantics is off: nothing would be learned")
         return self
+
+
+MethodConfig = RestorationConfig
 
 
 class OptimizerConfig(_Section):
@@ -138,7 +153,7 @@ class FinetuneConfig(_Section):
 class Config(_Section):
     spatial_dims: Literal[2, 3]
     data: DataConfig
-    discovery: DiscoveryConfig
+    discovery: DiscoveryConfig | None = None  # of methods that take no pseudo-labels; then discover fills it in
     network: NetworkConfig
     method: MethodConfig
     train: TrainConfig
@@ -147,7 +162,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
         for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
-                           ("discovery.autoencoder.shape", self.discovery.autoencoder.shape),
+                           ("discovery.autoencoder.shape", self.discovery and self.discovery.autoencoder.shape),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
                 raise ValueError(

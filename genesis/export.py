@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 def _data_card(config: Config, record: dict[str, Any]) -> DataCard:
     return DataCard(
         modality=record["modality"],
-        window_hu=config.data.window_hu if record["modality"] == "ct" else None,
+        window_hu=config.data.window_hu if "ct" in record["modality"] else None,
         spacing_mm=record["spacing_mm"],
         patch_size=config.data.patch_size,
     )

@@ -131,7 +131,7 @@ def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Car
         data,
         workspace.labelled(name),
         workspace,
-        modality=options.modality or card.data.modality,
+        modality=options.modality or card.data.only_modality,
         channels=options.channels,
         sample=sample,
         labelled_only=True,

@@ -138,6 +138,15 @@ def prepare(
     return audit
 
 
+def prepare_sample(workspace: Workspace, seed: int) -> None:
+    """Make the embedded sample cohort and the store of it, for a workspace without one."""
+    from .data.phantom import write_sample_cohort  # imports torch
+
+    print(f"No scans yet in {workspace.root}: making a sample cohort of phantoms in {workspace.sample}.")
+    data = write_sample_cohort(workspace.sample, seed=seed)
+    prepare(data, workspace.store, workspace, modality="ct", sample=True)
+
+
 def _elsewhere(case_map: CaseMap, data: Path, workspace: Workspace, sample: bool) -> list[Row]:
     """The rows that are not of `data`, and not of the sample cohort when `data` is not the sample itself."""
     place, made = data.absolute(), workspace.sample.absolute()

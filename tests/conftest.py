@@ -19,6 +19,7 @@ install_import_hook(
         "genesis.data.patches",
         "genesis.data.resample",
         "genesis.data.resident",
+        "genesis.data.samplers",
     ],
     "beartype.beartype",
 )

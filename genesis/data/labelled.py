@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..progress import progress
 from ..seeding import generator, key
-from .patches import Sample, cut, cut_labels, shuffled
+from .patches import cut, cut_labels
 from .resample import axis_weights, resample
+from .samplers import Sample, shuffled
 from .store import VolumeMeta, VolumeStore
 
 CANDIDATES = 1000  # labelled voxels remembered per class and case: many times the patches ever centred on one

@@ -7,14 +7,16 @@
                              made anew when they changed
 
 Files are blosc2 arrays that any blosc2 opens: metadata as JSON under `vlmeta["genesis"]`, CRC-32 of every compressed
-chunk (little-endian uint32) under `vlmeta["crc32"]`, a BLAKE2b digest of both under `vlmeta["digest"]`. blosc2 itself
-does not notice flipped bits: every chunk is checked when a process first touches it.
+chunk (little-endian uint32) under `vlmeta["crc32"]`, where the body is under `vlmeta["foreground"]` (see `Foreground`),
+a BLAKE2b digest of these under `vlmeta["digest"]`. blosc2 itself does not notice flipped bits: every chunk is checked
+when a process first touches it.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 import zlib
@@ -40,6 +42,7 @@ COMPRESSION = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filte
 
 Box = tuple[slice, slice, slice]
 Modality = Literal["ct", "mr", "xray"]
+MODALITIES: tuple[Modality, ...] = ("ct", "mr", "xray")  # in this order wherever a modality is a number
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,26 @@ class VolumeMeta:
     likeness: str = ""  # perceptual hash, as in likeness.py
 
 
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """Where the body is: `mask` (x, y, z) of cells of `steps` voxels; what the cells leave over belongs to the last."""
+
+    mask: np.ndarray
+    steps: tuple[int, ...]
+
+    def pack(self) -> bytes:
+        """The sides of the mask and the steps, six little-endian uint32, and the mask's bits, deflated."""
+        return np.array([*self.mask.shape, *self.steps], "<u4").tobytes() + zlib.compress(
+            np.packbits(self.mask).tobytes(), 9
+        )
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "Foreground":
+        shape, steps = np.frombuffer(packed[:24], "<u4").reshape(2, 3).tolist()
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(packed[24:]), np.uint8), count=math.prod(shape))
+        return cls(bits.astype(bool).reshape(shape), tuple(steps))
+
+
 class Volume:
     """One stored volume; reads only what is asked, and only verified chunks."""
 
@@ -84,6 +107,15 @@ class Volume:
         Raises `UserError` naming the volume when a chunk of it is damaged.
         """
         return self._image[(slice(None), *(box or (slice(None),) * 3))]
+
+    def foreground(self) -> Foreground:
+        """Where the body is; all of its box in files of before, which do not tell."""
+        if packed := self._image.foreground():
+            return Foreground.unpack(packed)
+        box = self.meta.foreground_box
+        mask = np.zeros(self.meta.shape[1:], bool)
+        mask[tuple(slice(low, high) for low, high in box)] = True
+        return Foreground(mask, (1, 1, 1))
 
     def labels(self, box: Box | None = None) -> np.ndarray | None:
         """The label map (*box), uint8 or uint16, or None where the case has none."""
@@ -145,7 +177,13 @@ class VolumeStore:
         ]
 
 
-def write_volume(folder: Path, array: np.ndarray, meta: VolumeMeta, labels: np.ndarray | None = None) -> None:
+def write_volume(
+    folder: Path,
+    array: np.ndarray,
+    meta: VolumeMeta,
+    labels: np.ndarray | None = None,
+    foreground: Foreground | None = None,
+) -> None:
     """Write stored integers (C, x, y, z) and label map (x, y, z) of one volume into a store; replaces it if there."""
     if array.shape != meta.shape or array.dtype not in (np.int16, np.uint16):
         raise ValueError(f"{array.dtype} {array.shape} is not a volume of shape {meta.shape} in 16-bit integers")
@@ -156,7 +194,7 @@ def write_volume(folder: Path, array: np.ndarray, meta: VolumeMeta, labels: np.n
         label_file.unlink(missing_ok=True)
     else:
         _write(label_file, labels, {"schema": SCHEMA, "volume": meta.volume})
-    _write(folder / "volumes" / f"{meta.volume}.b2nd", array, asdict(meta))
+    _write(folder / "volumes" / f"{meta.volume}.b2nd", array, asdict(meta), foreground.pack() if foreground else b"")
 
 
 def move_volume(source: Path, target: Path, volume: str) -> None:
@@ -186,10 +224,13 @@ class _CheckedArray:
     def __getstate__(self) -> dict[str, Any]:
         return {"_file": self._file, "_array": None}
 
+    def foreground(self) -> bytes:
+        """As `Foreground.pack` has it; empty where there is none."""
+        self._open()
+        return self._foreground
+
     def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
-        if self._array is None:
-            self._array, _, self._crc32 = _open(self._file)
-            self._checked = np.zeros(len(self._crc32), dtype=bool)
+        self._open()
         ranges = [range(*part.indices(side)) for part, side in zip(box, self._array.shape, strict=True)]
         if not all(ranges):
             return np.zeros([len(r) for r in ranges], self._array.dtype)
@@ -208,8 +249,13 @@ class _CheckedArray:
         except (RuntimeError, ValueError, OSError):
             raise _damaged(self._file) from None
 
+    def _open(self) -> None:
+        if self._array is None:
+            self._array, _, self._crc32, self._foreground = _open(self._file)
+            self._checked = np.zeros(len(self._crc32), dtype=bool)
 
-def _write(file: Path, array: np.ndarray, meta: dict[str, Any]) -> None:
+
+def _write(file: Path, array: np.ndarray, meta: dict[str, Any], foreground: bytes = b"") -> None:
     lead = (1,) * (array.ndim - 3)
     with write_aside(file) as aside:
         stored = blosc2.asarray(
@@ -226,7 +272,9 @@ def _write(file: Path, array: np.ndarray, meta: dict[str, Any]) -> None:
         ).tobytes()
         stored.schunk.vlmeta["genesis"] = text
         stored.schunk.vlmeta["crc32"] = crc32
-        stored.schunk.vlmeta["digest"] = _digest(stored, text, crc32)
+        if foreground:
+            stored.schunk.vlmeta["foreground"] = foreground
+        stored.schunk.vlmeta["digest"] = _digest(stored, text, crc32, foreground)
 
 
 def _descriptions(folder: Path) -> dict[str, str]:
@@ -252,24 +300,29 @@ def _index_head(changed: int, body: str) -> str:
     return f"{SCHEMA} {changed} {zlib.crc32(body.encode()):08x}"
 
 
-def _open(file: Path) -> tuple[Any, str, np.ndarray]:
-    """A file's array, metadata as JSON, and checksums; `UserError` when it is no volume or its metadata are damaged."""
+def _open(file: Path) -> tuple[Any, str, np.ndarray, bytes]:
+    """A file's array, metadata as JSON, checksums and packed foreground.
+
+    Raises `UserError` when it is no volume or its metadata are damaged.
+    """
     try:
         array = blosc2.open(str(file), mode="r", dparams={"nthreads": 1})
         vlmeta = array.schunk.vlmeta
         text, crc32 = vlmeta["genesis"], vlmeta["crc32"]
-        intact = vlmeta["digest"] == _digest(array, text, crc32)
+        foreground = vlmeta.get("foreground", b"")
+        intact = vlmeta["digest"] == _digest(array, text, crc32, foreground)
     except Exception:  # blosc2 raises nearly anything for a damaged file
         intact = False
     if not intact:
         raise _damaged(file)
     check_schema(file, json.loads(text)["schema"], SCHEMA)
-    return array, text, np.frombuffer(crc32, "<u4")
+    return array, text, np.frombuffer(crc32, "<u4"), foreground
 
 
-def _digest(array: Any, text: str, crc32: bytes) -> bytes:
+def _digest(array: Any, text: str, crc32: bytes, foreground: bytes) -> bytes:
     layout = repr((array.shape, array.chunks, array.blocks, str(array.dtype))).encode()
-    return hashlib.blake2b(b"\0".join((layout, text.encode(), crc32)), digest_size=16).digest()
+    parts = (layout, text.encode(), crc32, *([foreground] if foreground else []))
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
 
 
 def _damaged(file: Path) -> UserError:

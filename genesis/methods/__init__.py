@@ -1,17 +1,47 @@
-"""One pretraining method per file; by name, how each is built from its section of the config."""
+"""One pretraining method per file; by name, how each is built from a config and what it learns from."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..config import MethodConfig
+from ..config import Config, RestorationConfig
+from ..data.store import Modality
 from ..engine.method import Method
 from ..models import Backbone
 from ..transforms import Corruption
 from .semantic_genesis import SemanticGenesis
 
 
-def _semantic_genesis(settings: MethodConfig, backbone: Backbone, classes: int) -> Method:
-    corruption = Corruption(**settings.corruption.model_dump())
-    return SemanticGenesis(backbone, classes, corruption, **settings.model_dump(exclude={"name", "corruption"}))
+@dataclass(frozen=True)
+class Facts:
+    """What methods must know of the training data.
+
+    classes: number of pseudo-labels, 0 where a method takes none. modalities: those that there are. targets: classes of
+    whole scans that there are.
+    """
+
+    classes: int = 0
+    modalities: tuple[Modality, ...] = ()
+    targets: tuple[int, ...] = ()
 
 
-METHODS: dict[str, Callable[[MethodConfig, Backbone, int], Method]] = {"semantic_genesis": _semantic_genesis}
+def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, RestorationConfig)
+    return SemanticGenesis(
+        backbone,
+        facts.classes,
+        Corruption(**settings.corruption.model_dump()),
+        lambda_rec=settings.lambda_rec,
+        lambda_cls=settings.lambda_cls if settings.semantics else 0.0,
+        classify=settings.classify,
+    )
+
+
+METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
+    "semantic_genesis": _restoration,
+    "models_genesis": _restoration,
+    "inpainting": _restoration,
+    "patch_shuffling": _restoration,
+    "autoencoder": _restoration,
+    "classification_only": _restoration,
+}
