@@ -15,6 +15,7 @@ from . import random, shuffle
 
 WEYL, FIRST, SECOND = tl.constexpr(random.WEYL), tl.constexpr(random.FIRST), tl.constexpr(random.SECOND)
 TURNS, ROUNDS_PER_TURN = tl.constexpr(shuffle.TURNS), tl.constexpr(shuffle.ROUNDS_PER_TURN)
+OF_INT16, OF_FRACTION = tl.constexpr(2**-16), tl.constexpr(2**-24)
 # What one program does:
 NUMBERS = 1024
 POSITIONS, ITEMS = 32, 1024  # so many voxels of a window at a time; items are these, of all windows
@@ -119,7 +120,7 @@ def _permute(position, volume, low, high, first, window, windows, SPARE: tl.cons
     key = _word(low, high, first, window)
     for number in tl.static_range(TURNS):
         word = _word(low, high, first, (1 + number) * windows + window)
-        turn = ((word.to(tl.float32) + 32768.0) * (volume.to(tl.float32) * 0.0000152587890625)).to(tl.int32) - volume
+        turn = ((word.to(tl.float32) + 32768.0) * (volume.to(tl.float32) * OF_INT16)).to(tl.int32) - volume
         for again in tl.static_range(ROUNDS_PER_TURN):
             position += turn
             position += (position >> 31) & volume
@@ -155,7 +156,7 @@ def _word(low, high, first, index):
 @triton.jit
 @no_type_check
 def _fraction(low, high, number):
-    return ((_hash(low, high, number) >> 8) & 0xFFFFFF).to(tl.float32) * 0.000000059604644775390625  # 2^-24
+    return ((_hash(low, high, number) >> 8) & 0xFFFFFF).to(tl.float32) * OF_FRACTION
 
 
 @triton.jit
