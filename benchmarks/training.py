@@ -82,7 +82,7 @@ def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]
     workspace = Workspace(folder / config)
     shape, count = ((192, 192, 96), 24) if cuda else ((88, 76, 68), 16)
     spacing = (2.0, 2.0, 2.5) if cuda else (3.6, 3.6, 4.5)
-    store = read(write_scans(folder / config / "scans", count, shape, spacing), workspace, sample=not cuda)
+    store = read(write_scans(folder / "scans" / config, count, shape, spacing), workspace, sample=not cuda)
     settings = load_config(config, sample=store.sample)
     write_discovery(workspace, store, settings)
     batch_size, device = settings.train.batch_size, torch.device(options.device)
