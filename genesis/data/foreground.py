@@ -41,7 +41,7 @@ def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     while mask.ndim:
         found = np.flatnonzero(mask.any(axis=tuple(range(1, mask.ndim))))
         box.append((int(found[0]), int(found[-1]) + 1))
-        mask = mask.any(axis=0)
+        mask = np.asarray(mask.any(axis=0))
     return tuple(box)
 
 
