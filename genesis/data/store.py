@@ -38,7 +38,7 @@ CHUNK, BLOCK = 64, 32  # voxels per side; measured: fastest for random reads of 
 # Measured, size against the same z-scored as float32 zstd-8: of a phantom of 320×512×512, and the largest of four body
 # CTs of 2 mm and of three head-neck CTs; the phantom's reads of 128³ against the same, on one thread.
 #   LZ4 alone   0.41  0.49  0.56  6.0 ×
-#   LZ4HC-1     0.40  0.46  0.56  5.9 ×  (thrice as long to write)
+#   LZ4HC-1     0.40  0.46  0.56  5.9 ×  (three times as long to write)
 #   zstd-1      0.32  0.38  0.41  2.5 ×
 #   these two   0.41  0.45  0.41  6.0 ×
 MUCH = 3  # times smaller
