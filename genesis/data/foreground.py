@@ -50,9 +50,10 @@ def enlarged(foreground: Foreground, shape: tuple[int, ...]) -> np.ndarray:
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Per axis the first voxel that is set and the one behind the last."""
     box = []
-    for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+    while mask.ndim:
+        found = np.flatnonzero(mask.any(axis=tuple(range(1, mask.ndim))))
         box.append((int(found[0]), int(found[-1]) + 1))
+        mask = np.asarray(mask.any(axis=0))
     return tuple(box)
 
 

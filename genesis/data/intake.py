@@ -141,7 +141,7 @@ def _measure(
     source = hashed(key, "voxels", layout, quantized.array.data)
     foreground = find_foreground(array[0], scan.spacing_mm, modality)
     mask = enlarged(foreground, array.shape[1:])
-    percentiles = [np.percentile(channel[mask], (0.5, 99.5)) for channel in array]
+    percentiles = [_percentiles(channel[mask], (0.5, 99.5)) for channel in array]
     channels, x, y, z = array.shape
     box = bounding_box(mask)
     meta = VolumeMeta(
@@ -165,3 +165,15 @@ def _measure(
         likeness=likeness(array[0]),
     )
     return meta, quantized.array, foreground
+
+
+def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> np.ndarray:
+    """`np.percentile`; of 16-bit integers, which are counted instead of sorted, in a quarter of the time."""
+    if values.dtype not in (np.int16, np.uint16):
+        return np.percentile(values, percents)
+    low = int(values.min())
+    ranks = np.bincount(values.view(np.uint16) - np.uint16(low % 2**16)).cumsum()
+    places = np.array(percents) / 100 * (values.size - 1)
+    below, above = (low + np.searchsorted(ranks[:-1], np.floor(places) + step, side="right") for step in (0, 1))
+    share = places - np.floor(places)  # the sum from the nearer end, as in NumPy, for the same last bit
+    return np.where(share < 0.5, below + (above - below) * share, above - (above - below) * (1 - share))

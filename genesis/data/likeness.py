@@ -26,7 +26,7 @@ def likeness(array: np.ndarray) -> str:
     """
     cells = np.squeeze(array)
     for axis, side in enumerate(cells.shape):
-        cells = np.moveaxis(np.tensordot(_shares(side), cells, axes=(1, axis)), 0, axis)
+        cells = np.moveaxis(_means(np.moveaxis(cells, axis, 0), _shares(side)), 0, axis)
     if cells.ndim not in KEPT:
         return ""
     cells = np.maximum(cells, _air(cells))
@@ -55,6 +55,15 @@ def _air(cells: np.ndarray) -> float:
     sums = (counts * values).cumsum()
     between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
     return float(values[between.argmax()])
+
+
+def _means(array: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """shares (CELLS, side) @ array (side, …), as float32, from those voxels only that have a share in the cell."""
+    means = np.empty((CELLS, *array.shape[1:]), np.float32)
+    for cell, share in enumerate(shares):
+        first, last = np.flatnonzero(share)[[0, -1]]
+        means[cell] = np.tensordot(share[first : last + 1], array[first : last + 1].astype(np.float32), axes=1)
+    return means
 
 
 def _shares(side: int) -> np.ndarray:
