@@ -5,6 +5,7 @@
 
 from .base import Transform
 from .corruption import Corruption
+from .energy import EnergyBands
 from .flip import Flip
 from .nonlinear import BezierNonlinearity, Curve
 from .paint import InPaint, OutPaint, Paint, Painting
@@ -16,6 +17,7 @@ __all__ = [
     "BezierNonlinearity",
     "Corruption",
     "Curve",
+    "EnergyBands",
     "Flip",
     "InPaint",
     "LocalShuffle",
