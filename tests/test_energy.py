@@ -9,7 +9,7 @@ import torch
 from test_transforms import images, keys
 
 from genesis.transforms import BatchGenerator, EnergyBands
-from genesis.transforms.energy import FLOOR, decompose, local_energies, recompose, smooth
+from genesis.transforms.energy import FLOOR, Energies, decompose, local_energies, recompose, smooth
 
 
 def slow_smooth(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -38,10 +38,10 @@ def slow_energies(image: np.ndarray, factors: list[float], pull: float) -> np.nd
 def test_it_is_its_definition(spatial: tuple[int, ...], pull: float) -> None:
     x = images(2, 2, *spatial)
     transform = EnergyBands(bands=3, pull=pull)
-    factors = transform.sample(x.shape, BatchGenerator(keys(2)))
-    result = transform.apply(x, factors)
+    params = transform.sample(x.shape, BatchGenerator(keys(2)))
+    result = transform.apply(x, params)
     for sample, channel in itertools.product(range(2), range(2)):
-        expected = slow_energies(x[sample, channel].double().numpy(), factors[sample].tolist(), pull)
+        expected = slow_energies(x[sample, channel].double().numpy(), params.factors[sample].tolist(), pull)
         assert np.allclose(result[sample, channel].numpy(), expected, atol=1e-4)
 
 
@@ -62,17 +62,20 @@ def test_energies_move_towards_their_targets() -> None:
     ratios = []
     for pull in (0.0, 0.5, 1.0):
         transform = EnergyBands(bands=1, pull=pull)
-        result = transform.apply(x, torch.ones(1, 1))
+        result = transform.apply(x, Energies(torch.tensor([True]), torch.ones(1, 1)))
         energy = local_energies(decompose(result, 1)[0])[0, 0, 0]
         ratios.append(float(energy[40:].mean() / energy[:8].mean()))
     assert ratios[0] > 8
     assert ratios[0] > 2 * ratios[1] > 4 * ratios[2]
-    more, less = (EnergyBands(bands=1).apply(x, torch.full((1, 1), factor)).std() for factor in (2.0, 0.5))
+    changed = (Energies(torch.tensor([True]), torch.full((1, 1), factor)) for factor in (2.0, 0.5))
+    more, less = (EnergyBands(bands=1).apply(x, params).std() for params in changed)
     assert more > 1.3 * less
 
 
 def test_factors_lie_within_the_spread_and_are_drawn_apart() -> None:
-    factors = EnergyBands(bands=4, spread=3.0).sample((500, 1, 8, 8), BatchGenerator(keys(500)))
+    params = EnergyBands(probability=0.3, bands=4, spread=3.0).sample((500, 1, 8, 8), BatchGenerator(keys(500)))
+    factors = params.factors
+    assert 0.25 < params.drawn.float().mean() < 0.35
     assert factors.shape == (500, 4)
     assert 1 / 3 <= factors.min() < 0.4
     assert 2.6 < factors.max() <= 3

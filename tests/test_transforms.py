@@ -38,6 +38,7 @@ TRANSFORMS: list[Transform] = [
     Paint(),
     Paint(0.5, "constant"),
     EnergyBands(),
+    EnergyBands(0.5),
 ]
 ALL: list[Transform | Corruption] = [*TRANSFORMS, Corruption(), Corruption(1.0, 1.0, 1.0, 1.0, 0.5, "constant")]
 named = pytest.mark.parametrize("transform", TRANSFORMS, ids=str)

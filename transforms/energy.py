@@ -4,19 +4,28 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .base import Transform
+from .base import Transform, change_some
 from .random import BatchGenerator
 
 FLOOR = 1e-3  # added to energies, so that where there is nothing no noise is raised to the target
 
 
+class Energies(NamedTuple):
+    """Which images change, and the target of each band as a multiple of its energy in the whole image."""
+
+    drawn: Bool[Tensor, "b"]
+    factors: Float[Tensor, "b bands"]
+
+
 @dataclass(frozen=True)
-class EnergyBands(Transform[Tensor]):
+class EnergyBands(Transform[Energies]):
     """Scales the contrast of fine and coarse structures, each towards a random target: another scanner's, or dose.
 
     With L_i the image smoothed by a Gaussian of 2^i voxels and L_-1 the image itself, band i is L_(i-1) - L_i, for i
@@ -27,23 +36,27 @@ class EnergyBands(Transform[Tensor]):
 
     Philipsen scales every band to a fixed target (pull 1) to make images of different scanners alike; Ghesu et al. draw
     the targets. They publish neither number of bands nor ranges, so the values here are ours. The base stays, for
-    brightness is what other transforms change. Parameters: (B, bands), the factors.
+    brightness is what other transforms change. `probability`: the share of images that change.
     """
 
+    probability: float = 1.0
     bands: int = 4
     spread: float = 4.0
     pull: float = 0.5
 
-    def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Float[Tensor, "b bands"]:
-        return torch.exp((2 * generator.uniform(self.bands) - 1) * math.log(self.spread))
+    def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Energies:
+        chance, *factors = generator.uniform(1 + self.bands).unbind(1)
+        exponents = 2 * torch.stack(factors, dim=1) - 1
+        return Energies(chance < self.probability, torch.exp(exponents * math.log(self.spread)))
 
-    def apply(
-        self, x: Float[Tensor, "b c *spatial"], params: Float[Tensor, "b bands"]
-    ) -> Float[Tensor, "b c *spatial"]:
-        bands, base = decompose(x.float(), self.bands)
-        whole = bands.square().flatten(3).mean(3).sqrt() * params.T[:, :, None]
-        targets = whole.view(*whole.shape, *(1,) * (x.ndim - 2))
-        return recompose(bands, base, targets, self.pull).clamp_(0, 1).to(x.dtype)
+    def apply(self, x: Float[Tensor, "b c *spatial"], params: Energies) -> Float[Tensor, "b c *spatial"]:
+        return change_some(x, params.drawn, partial(self._scaled, params.factors))
+
+    def _scaled(self, factors: Tensor, images: Tensor, samples: Tensor) -> Tensor:
+        bands, base = decompose(images.float(), self.bands)
+        whole = bands.square().flatten(3).mean(3).sqrt() * factors[samples].T[:, :, None]
+        targets = whole.view(*whole.shape, *(1,) * (images.ndim - 2))
+        return recompose(bands, base, targets, self.pull).clamp_(0, 1).to(images.dtype)
 
 
 def decompose(
