@@ -1,6 +1,7 @@
 """Typed configs: one YAML file per method and dimension, validated; `load_config(name, overrides)`."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from .errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -101,6 +103,64 @@ class RestorationConfig(_Section):
         return self
 
 
+class IntensityConfig(_Section):
+    """How far a view's intensities may change; see `IntensityRange`."""
+
+    gamma: NonNegative  # exponent from exp(-gamma) to exp(gamma)
+    gain: NonNegative  # factor 1 ± gain
+    offset: NonNegative  # ± of the range [0, 1]
+    field: NonNegative  # smooth factor from exp(-field) to exp(field), as of an MR coil
+    noise: NonNegative  # largest standard deviation
+    blur: NonNegative  # largest standard deviation, voxels
+
+
+class IntensitiesConfig(_Section):
+    """By modality."""
+
+    ct: IntensityConfig
+    mr: IntensityConfig
+    xray: IntensityConfig
+
+
+class ViewsConfig(_Section):
+    """What views of a patch a method compares; global ones have the size data.patch_size. See `MultiCrop`."""
+
+    source: float = Field(ge=1)  # sides of the region that views are cut from, in sides of a patch
+    global_views: int = Field(ge=2)
+    local_views: int = Field(default=0, ge=0)
+    local_size: tuple[PositiveInt, ...] | None = None  # voxels
+    global_scale: tuple[Share, Share]  # of the region's volume (2D: area)
+    local_scale: tuple[Share, Share] | None = None
+    min_overlap: Share  # that a global view has in common with the first one
+    aspect: float = Field(ge=1)  # largest ratio of a view's sides
+    rotation_degrees: float = Field(ge=0, le=180)  # to either side, in the axial plane
+    flip: tuple[Literal["x", "y", "z"], ...]  # axes along which half of the views are mirrored; x is left to right
+    intensity: IntensitiesConfig
+
+    def region(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+        """Voxels per side of the region that views are cut from, at a patch's voxel size."""
+        return tuple(math.ceil(round(self.source * side, 6)) for side in patch_size)
+
+    @model_validator(mode="after")
+    def _views_are_complete(self) -> "ViewsConfig":
+        if self.local_views and (self.local_size is None or self.local_scale is None):
+            raise ValueError("local views need local_size and local_scale")
+        for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
+            if scale and not 0 < scale[0] <= scale[1]:
+                raise ValueError(f"{name} {list(scale)} must be [lower, upper], both above 0")
+        return self
+
+
+class ViewMethodConfig(_Section):
+    """What methods that compare views of patches have in common."""
+
+    views: ViewsConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "views"
+
+
 MethodConfig = RestorationConfig
 
 
@@ -161,8 +221,12 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
+        views = self.method.views if isinstance(self.method, ViewMethodConfig) else None
+        if views and self.spatial_dims == 2 and "z" in views.flip:
+            raise ValueError("method.views.flip has z; a 2D config has x and y")
         for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
                            ("discovery.autoencoder.shape", self.discovery and self.discovery.autoencoder.shape),
+                           ("method.views.local_size", views and views.local_size),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
                 raise ValueError(

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import Config, RestorationConfig
-from ..data.store import Modality
+from ..config import Config, RestorationConfig, ViewMethodConfig
+from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
 from ..models import Backbone
-from ..transforms import Corruption
+from ..transforms import Corruption, IntensityRange, MultiCrop
 from .semantic_genesis import SemanticGenesis
 
 
@@ -34,6 +34,17 @@ def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
         lambda_rec=settings.lambda_rec,
         lambda_cls=settings.lambda_cls if settings.semantics else 0.0,
         classify=settings.classify,
+    )
+
+
+def _views(config: Config) -> MultiCrop:
+    assert isinstance(config.method, ViewMethodConfig)
+    settings = config.method.views
+    ranges = (getattr(settings.intensity, modality) for modality in MODALITIES)
+    return MultiCrop(
+        config.data.patch_size,
+        **settings.model_dump(exclude={"source", "intensity"}),
+        intensity=tuple(IntensityRange(**each.model_dump()) for each in ranges),
     )
 
 
