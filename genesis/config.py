@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -161,7 +161,50 @@ class ViewMethodConfig(_Section):
         return "views"
 
 
-MethodConfig = RestorationConfig
+class PrototypesConfig(_Section):
+    count: Annotated[int, Field(ge=2)]
+    frozen_steps: int = Field(ge=0)  # the first, in which they stay as they are
+
+
+class PrototypeBlocksConfig(PrototypesConfig):
+    per: Literal["modality", "shared"]  # modality: each has `count` prototypes of its own
+
+
+class _ClusteringConfig(ViewMethodConfig):
+    """What SwAV and online clustering have in common."""
+
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat  # of the prediction of codes
+    epsilon: PositiveFloat  # of Sinkhorn-Knopp: the smaller, the sharper are codes
+    iterations: PositiveInt
+    queue: int = Field(ge=0)  # earlier samples that codes are computed over, beside the batch; 0: none
+    queue_start: int = Field(ge=0)  # step
+
+
+class SwavConfig(_ClusteringConfig):
+    name: Literal["swav"]
+    prototypes: PrototypesConfig
+
+
+class EnergyConfig(_Section):
+    """Energy-based intensity augmentation; see `EnergyBands`."""
+
+    probability: Share  # of a view
+    bands: PositiveInt
+    spread: float = Field(ge=1)  # a target is 1 / spread to spread times the band's energy
+    pull: Share  # 0: nothing changes; 1: local energies become the target
+
+
+class OnlineClusteringConfig(_ClusteringConfig):
+    name: Literal["online_clustering"]
+    prototypes: PrototypeBlocksConfig
+    energy: EnergyConfig
+    alpha: PositiveFloat  # weight of the swapped prediction
+    hybrid: bool  # also classify whole scans by their target, where they have one
+
+
+MethodConfig = Annotated[RestorationConfig | SwavConfig | OnlineClusteringConfig, Field(discriminator="name")]
 
 
 class OptimizerConfig(_Section):
@@ -218,6 +261,15 @@ class Config(_Section):
     method: MethodConfig
     train: TrainConfig
     finetune: FinetuneConfig
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> "Config":
+        if self.train.accumulate > 1 and isinstance(self.method, _ClusteringConfig):
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, but {self.method.name} clusters whole batches: "
+                "set it to 1, with a smaller train.batch_size and a longer method.queue where memory is short"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
@@ -334,10 +386,15 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
+             "model_attributes_type": "is a section, not a value"}  # fmt: skip
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
@@ -346,13 +403,21 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
+    kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
     place = []
     for part in location:
         if isinstance(part, int):
             place.append(str(part))
+        elif part in kinds:
+            section, kinds = kinds[part], {}
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
+            sections = [
+                one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
+            if len(sections) == 1:
+                section = sections[0]
+            elif sections:
+                kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
     return section, place

@@ -5,6 +5,7 @@ from .backbone import Backbone
 from .build import build_backbone, build_described, wrap
 from .flexible_unet import FlexibleUNetBackbone
 from .heads import ClassificationHead, Classifier, RestorationCalibration
+from .projection import ProjectionHead
 from .prototypes import Prototypes
 from .published_unet import PublishedUNet, PublishedUNetBackbone
 from .unet import UNetBackbone
@@ -15,6 +16,7 @@ __all__ = [
     "ClassificationHead",
     "Classifier",
     "FlexibleUNetBackbone",
+    "ProjectionHead",
     "Prototypes",
     "PublishedUNet",
     "PublishedUNetBackbone",
