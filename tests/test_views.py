@@ -113,7 +113,7 @@ def oracle(image: Tensor, crops: Crops, size: tuple[int, ...]) -> Tensor:
     """One view (C, *size) of one region by loops: each voxel's place in the region, then its 2^D neighbours."""
     corner, sides, angle, mirrored = (part[0, 0].double().numpy() for part in crops)
     region, dims = np.array(image.shape[1:]), len(size)
-    view = torch.zeros(len(image), *size, dtype=torch.float64)
+    values = []
     cos, sin = math.cos(float(angle)), math.sin(float(angle))
     for place in itertools.product(*map(range, size)):
         share = (np.array(place) + 0.5) / size
@@ -122,13 +122,14 @@ def oracle(image: Tensor, crops: Crops, size: tuple[int, ...]) -> Tensor:
         offset[:2] = cos * offset[0] - sin * offset[1], sin * offset[0] + cos * offset[1]
         point = (corner + sides / 2) * region + offset - 0.5  # as an index
         low = np.floor(point).astype(int)
+        value = torch.zeros(len(image), dtype=torch.float64)
         for step in itertools.product((0, 1), repeat=dims):
             index = low + step
             if ((index >= 0) & (index < region)).all():
-                weight = float(np.prod(1 - np.abs(point - index)))
-                neighbour = tuple(map(int, index))
-                view[(slice(None), *place)] += weight * image[(slice(None), *neighbour)]
-    return view
+                neighbour = int(np.ravel_multi_index(tuple(index), tuple(region)))
+                value += float(np.prod(1 - np.abs(point - index))) * image.flatten(1)[:, neighbour]
+        values.append(value)
+    return torch.stack(values, dim=1).view(-1, *size)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
