@@ -1,10 +1,11 @@
 """Typed configs: one YAML file per method and dimension, validated; `load_config(name, overrides)`."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +14,7 @@ from .errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -101,7 +103,108 @@ class RestorationConfig(_Section):
         return self
 
 
-MethodConfig = RestorationConfig
+class IntensityConfig(_Section):
+    """How far a view's intensities may change; see `IntensityRange`."""
+
+    gamma: NonNegative  # exponent from exp(-gamma) to exp(gamma)
+    gain: NonNegative  # factor 1 ± gain
+    offset: NonNegative  # ± of the range [0, 1]
+    field: NonNegative  # smooth factor from exp(-field) to exp(field), as of an MR coil
+    noise: NonNegative  # largest standard deviation
+    blur: NonNegative  # largest standard deviation, voxels
+
+
+class IntensitiesConfig(_Section):
+    """By modality."""
+
+    ct: IntensityConfig
+    mr: IntensityConfig
+    xray: IntensityConfig
+
+
+class ViewsConfig(_Section):
+    """What views of a patch a method compares; global ones have the size data.patch_size. See `MultiCrop`."""
+
+    source: float = Field(ge=1)  # sides of the region that views are cut from, in sides of a patch
+    global_views: int = Field(ge=2)
+    local_views: int = Field(default=0, ge=0)
+    local_size: tuple[PositiveInt, ...] | None = None  # voxels
+    global_scale: tuple[Share, Share]  # of the region's volume (2D: area)
+    local_scale: tuple[Share, Share] | None = None
+    min_overlap: Share  # that a global view has in common with the first one
+    aspect: float = Field(ge=1)  # largest ratio of a view's sides
+    rotation_degrees: float = Field(ge=0, le=180)  # to either side, in the axial plane
+    flip: tuple[Literal["x", "y", "z"], ...]  # axes along which half of the views are mirrored; x is left to right
+    intensity: IntensitiesConfig
+
+    def region(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+        """Voxels per side of the region that views are cut from, at a patch's voxel size."""
+        return tuple(math.ceil(round(self.source * side, 6)) for side in patch_size)
+
+    @model_validator(mode="after")
+    def _views_are_complete(self) -> "ViewsConfig":
+        if self.local_views and (self.local_size is None or self.local_scale is None):
+            raise ValueError("local views need local_size and local_scale")
+        for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
+            if scale and not 0 < scale[0] <= scale[1]:
+                raise ValueError(f"{name} {list(scale)} must be [lower, upper], both above 0")
+        return self
+
+
+class ViewMethodConfig(_Section):
+    """What methods that compare views of patches have in common."""
+
+    views: ViewsConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "views"
+
+
+class PrototypesConfig(_Section):
+    count: Annotated[int, Field(ge=2)]
+    frozen_steps: int = Field(ge=0)  # the first, in which they stay as they are
+
+
+class PrototypeBlocksConfig(PrototypesConfig):
+    per: Literal["modality", "shared"]  # modality: each has `count` prototypes of its own
+
+
+class _ClusteringConfig(ViewMethodConfig):
+    """What SwAV and online clustering have in common."""
+
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat  # of the prediction of codes
+    epsilon: PositiveFloat  # of Sinkhorn-Knopp: the smaller, the sharper are codes
+    iterations: PositiveInt
+    queue: int = Field(ge=0)  # earlier samples that codes are computed over, beside the batch; 0: none
+    queue_start: int = Field(ge=0)  # step
+
+
+class SwavConfig(_ClusteringConfig):
+    name: Literal["swav"]
+    prototypes: PrototypesConfig
+
+
+class EnergyConfig(_Section):
+    """Energy-based intensity augmentation; see `EnergyBands`."""
+
+    probability: Share  # of a view
+    bands: PositiveInt
+    spread: float = Field(ge=1)  # a target is 1 / spread to spread times the band's energy
+    pull: Share  # 0: nothing changes; 1: local energies become the target
+
+
+class OnlineClusteringConfig(_ClusteringConfig):
+    name: Literal["online_clustering"]
+    prototypes: PrototypeBlocksConfig
+    energy: EnergyConfig
+    alpha: PositiveFloat  # weight of the swapped prediction
+    hybrid: bool  # also classify whole scans by their target, where they have one
+
+
+MethodConfig = Annotated[RestorationConfig | SwavConfig | OnlineClusteringConfig, Field(discriminator="name")]
 
 
 class OptimizerConfig(_Section):
@@ -160,9 +263,22 @@ class Config(_Section):
     finetune: FinetuneConfig
 
     @model_validator(mode="after")
+    def _batch_is_whole(self) -> "Config":
+        if self.train.accumulate > 1 and isinstance(self.method, _ClusteringConfig):
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, but {self.method.name} clusters whole batches: "
+                "set it to 1, with a smaller train.batch_size and a longer method.queue where memory is short"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
+        views = self.method.views if isinstance(self.method, ViewMethodConfig) else None
+        if views and self.spatial_dims == 2 and "z" in views.flip:
+            raise ValueError("method.views.flip has z; a 2D config has x and y")
         for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
                            ("discovery.autoencoder.shape", self.discovery and self.discovery.autoencoder.shape),
+                           ("method.views.local_size", views and views.local_size),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
                 raise ValueError(
@@ -270,10 +386,15 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
+             "model_attributes_type": "is a section, not a value"}  # fmt: skip
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
@@ -282,13 +403,21 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
+    kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
     place = []
     for part in location:
         if isinstance(part, int):
             place.append(str(part))
+        elif part in kinds:
+            section, kinds = kinds[part], {}
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
+            sections = [
+                one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
+            if len(sections) == 1:
+                section = sections[0]
+            elif sections:
+                kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
     return section, place

@@ -14,6 +14,7 @@ from genesis.transforms import (
     BezierNonlinearity,
     Corruption,
     Curve,
+    EnergyBands,
     Flip,
     InPaint,
     LocalShuffle,
@@ -36,6 +37,8 @@ TRANSFORMS: list[Transform] = [
     OutPaint("constant"),
     Paint(),
     Paint(0.5, "constant"),
+    EnergyBands(),
+    EnergyBands(0.5),
 ]
 ALL: list[Transform | Corruption] = [*TRANSFORMS, Corruption(), Corruption(1.0, 1.0, 1.0, 1.0, 0.5, "constant")]
 named = pytest.mark.parametrize("transform", TRANSFORMS, ids=str)

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from ..config import Config, RestorationConfig
-from ..data.store import Modality
+from ..config import Config, OnlineClusteringConfig, RestorationConfig, SwavConfig, ViewMethodConfig
+from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
-from ..models import Backbone
-from ..transforms import Corruption
+from ..errors import UserError
+from ..models import Backbone, ProjectionHead, Prototypes
+from ..transforms import Corruption, EnergyBands, IntensityRange, MultiCrop
+from .online_clustering import OnlineClustering
 from .semantic_genesis import SemanticGenesis
+from .swav import SwAV
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,64 @@ def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
     )
 
 
+def _views(config: Config) -> MultiCrop:
+    assert isinstance(config.method, ViewMethodConfig)
+    settings = config.method.views
+    ranges = (getattr(settings.intensity, modality) for modality in MODALITIES)
+    return MultiCrop(
+        config.data.patch_size,
+        **settings.model_dump(exclude={"source", "intensity"}),
+        intensity=tuple(IntensityRange(**each.model_dump()) for each in ranges),
+    )
+
+
+def _swav(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, SwavConfig)
+    prototypes = Prototypes(settings.dim, settings.prototypes.count)
+    return SwAV(backbone, _views(config), _head(settings, backbone), prototypes, **_sinkhorn(settings))
+
+
+def _online_clustering(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, OnlineClusteringConfig)
+    blocks = settings.prototypes.per == "modality"
+    if blocks and len(facts.modalities) < 2:
+        raise UserError(
+            f"method.prototypes.per is modality, but all training volumes are {', '.join(facts.modalities)}: prepare "
+            "scans of another modality too, or train with --set method.prototypes.per=shared"
+        )
+    if settings.hybrid and len(facts.targets) < 2:
+        raise UserError(
+            f"method.hybrid is true, but the training volumes have {len(facts.targets)} classes: give the scans' table "
+            "a column target with two classes or more, or train with --set method.hybrid=false"
+        )
+    return OnlineClustering(
+        backbone,
+        _views(config),
+        _head(settings, backbone),
+        Prototypes(
+            settings.dim,
+            settings.prototypes.count,
+            [MODALITIES.index(one) for one in facts.modalities] if blocks else None,
+        ),
+        modalities=facts.modalities,
+        energy=EnergyBands(**settings.energy.model_dump()),
+        alpha=settings.alpha,
+        targets=facts.targets if settings.hybrid else (),
+        **_sinkhorn(settings),
+    )
+
+
+def _head(settings: SwavConfig | OnlineClusteringConfig, backbone: Backbone) -> ProjectionHead:
+    return ProjectionHead(backbone.feature_channels[-1], settings.hidden, settings.dim)
+
+
+def _sinkhorn(settings: SwavConfig | OnlineClusteringConfig) -> dict[str, Any]:
+    names = {"temperature", "epsilon", "iterations", "queue", "queue_start"}
+    return {**settings.model_dump(include=names), "frozen_steps": settings.prototypes.frozen_steps}
+
+
 METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "semantic_genesis": _restoration,
     "models_genesis": _restoration,
@@ -44,4 +106,6 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "patch_shuffling": _restoration,
     "autoencoder": _restoration,
     "classification_only": _restoration,
+    "swav": _swav,
+    "online_clustering": _online_clustering,
 }
