@@ -231,7 +231,9 @@ def load_config(
     tree = _read(name)
     if sample:
         overlay = yaml.safe_load(_shipped("sample"))
-        _merge(tree, overlay.get(f"{tree.get('spatial_dims')}d", {}))
+        dims, method = tree.get("spatial_dims"), tree.get("method")
+        _merge(tree, overlay.get(f"{dims}d", {}))
+        _merge(tree, overlay.get(f"{method.get('name')}_{dims}d", {}) if isinstance(method, dict) else {})
     for dotted, value in (values or {}).items():
         _assign(tree, dotted, value)
     for override in overrides:

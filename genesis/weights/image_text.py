@@ -33,8 +33,8 @@ FOLDER = "text"
 class ImageText:
     """An image encoder and a text encoder with one space of embeddings, in eval mode, on the CPU until `to`.
 
-    data: which images it expects: whole bodies, resized to `data.patch_size` as `genesis.text.studies.StudyImages`
-    does, windowed by `data.window_hu`, in [0, 1].
+    data: which images it expects: those that `genesis.data.labelled.body_image` makes of a stored volume with
+    `data.patch_size`, `data.spacing_mm` and `data.window_hu`, whole bodies in [0, 1].
 
         pair = load_image_text(package)
         images, texts = pair.embed_images(x), pair.embed_texts(["No pleural effusion."])   # unit vectors (B, D), (T, D)
