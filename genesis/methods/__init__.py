@@ -4,12 +4,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, OnlineClusteringConfig, RestorationConfig, SwavConfig, ViewMethodConfig
+from ..config import (
+    Config,
+    ConVIRTConfig,
+    GLoRIAConfig,
+    ImageTextConfig,
+    OnlineClusteringConfig,
+    RestorationConfig,
+    SwavConfig,
+    ViewMethodConfig,
+)
 from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
 from ..errors import UserError
 from ..models import Backbone, ProjectionHead, Prototypes
+from ..text.encoders import TextModel
 from ..transforms import Corruption, EnergyBands, IntensityRange, MultiCrop
+from .convirt import ConVIRT
+from .gloria import GLoRIA
+from .image_text import ImageTextMethod
 from .online_clustering import OnlineClustering
 from .semantic_genesis import SemanticGenesis
 from .swav import SwAV
@@ -20,12 +33,13 @@ class Facts:
     """What methods must know of the training data.
 
     classes: number of pseudo-labels, 0 where a method takes none. modalities: those that there are. targets: classes of
-    whole scans that there are.
+    whole scans that there are. text: the text encoder, as it is before training, for methods that learn from reports.
     """
 
     classes: int = 0
     modalities: tuple[Modality, ...] = ()
     targets: tuple[int, ...] = ()
+    text: TextModel | None = None
 
 
 def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
@@ -99,6 +113,32 @@ def _sinkhorn(settings: SwavConfig | OnlineClusteringConfig) -> dict[str, Any]:
     return {**settings.model_dump(include=names), "frozen_steps": settings.prototypes.frozen_steps}
 
 
+def image_text_method(
+    settings: ImageTextConfig, backbone: Backbone, text: TextModel, patch_size: tuple[int, ...]
+) -> ImageTextMethod:
+    """The method of these settings around two encoders. Raises `UserError` where they do not fit each other."""
+    if settings.text.frozen_layers is not None:
+        text.freeze(settings.text.frozen_layers)
+    if isinstance(settings, ConVIRTConfig):
+        return ConVIRT(
+            backbone,
+            text,
+            temperature=settings.temperature,
+            image_weight=settings.image_weight,
+            projection=settings.projection,
+        )
+    try:
+        return GLoRIA(backbone, text, patch_size=patch_size, attention=settings.attention, regions=settings.regions)
+    except ValueError as error:
+        raise UserError(f"{error}; raise it, or take a smaller data.patch_size.") from None
+
+
+def _image_text(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    assert isinstance(config.method, ConVIRTConfig | GLoRIAConfig)
+    assert facts.text is not None
+    return image_text_method(config.method, backbone, facts.text, config.data.patch_size)
+
+
 METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "semantic_genesis": _restoration,
     "models_genesis": _restoration,
@@ -108,4 +148,6 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "classification_only": _restoration,
     "swav": _swav,
     "online_clustering": _online_clustering,
+    "convirt": _image_text,
+    "gloria": _image_text,
 }
