@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
@@ -101,7 +101,41 @@ class RestorationConfig(_Section):
         return self
 
 
-MethodConfig = RestorationConfig
+class TextConfig(_Section):
+    """The text encoder of image-text methods, and what of a report it is shown."""
+
+    model: str | None  # a folder, or an id of the Hugging Face hub; null: a small one, for the words of these reports
+    revision: str | None  # of a model of the hub: the commit
+    shown: Literal["sentence", "section", "shuffled_sections", "full"]  # of a report, drawn anew for every sample
+    length: Annotated[int, Field(ge=8)]  # tokens of a text; what is longer is cut
+    frozen_layers: int | None = Field(ge=0)  # embeddings and the first so many layers stay as they are; null: none
+
+
+class ConVIRTConfig(_Section):
+    name: Literal["convirt"]
+    temperature: PositiveFloat
+    image_weight: Share  # λ, of the loss from image to text; 1 - λ of that from text to image
+    projection: PositiveInt  # length of the embeddings
+    text: TextConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "reports"
+
+
+class GLoRIAConfig(_Section):
+    name: Literal["gloria"]
+    attention: Literal["exact", "scaled"]  # of words to regions: exact is published, and saturates for long vectors
+    regions: PositiveInt  # most places of the feature map in which words look
+    text: TextConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "reports"
+
+
+ImageTextConfig = ConVIRTConfig | GLoRIAConfig
+MethodConfig = Annotated[RestorationConfig | ConVIRTConfig | GLoRIAConfig, Field(discriminator="name")]
 
 
 class OptimizerConfig(_Section):
@@ -173,6 +207,11 @@ class Config(_Section):
                 raise ValueError(f"{name}.window_hu {list(window)} must be [lower, upper]")
         if min(self.data.patch_size) < 8:
             raise ValueError(f"data.patch_size {list(self.data.patch_size)} has a side below 8 voxels")
+        if self.method.needs == "reports" and self.train.accumulate > 1:
+            raise ValueError(
+                "train.accumulate cannot divide a batch whose samples are each other's negatives; set it to 1 and use "
+                "train.recompute_activations, a smaller train.batch_size, or more devices"
+            )
         return self
 
     def dump(self) -> str:
@@ -192,7 +231,9 @@ def load_config(
     tree = _read(name)
     if sample:
         overlay = yaml.safe_load(_shipped("sample"))
-        _merge(tree, overlay.get(f"{tree.get('spatial_dims')}d", {}))
+        dims, method = tree.get("spatial_dims"), tree.get("method")
+        _merge(tree, overlay.get(f"{dims}d", {}))
+        _merge(tree, overlay.get(f"{method.get('name')}_{dims}d", {}) if isinstance(method, dict) else {})
     for dotted, value in (values or {}).items():
         _assign(tree, dotted, value)
     for override in overrides:
@@ -208,6 +249,15 @@ def load_config(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"config {name}: {_explain(error)}") from None
+
+
+def image_text_settings(tree: Any) -> ImageTextConfig:
+    """The section `method` of image-text methods alone, as a dumped config has it. Raises `UserError`."""
+    adapter: TypeAdapter[ImageTextConfig] = TypeAdapter(ImageTextConfig)
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"These are no settings of a method: {' '.join(str(error).split())[:200]}") from None
 
 
 def recipes() -> list[str]:
@@ -268,6 +318,10 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(unknown, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
@@ -282,13 +336,24 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
+    kinds: dict[int | str, type[BaseModel]] = {}  # of a section that has several, by its name
     place = []
     for part in location:
         if isinstance(part, int):
             place.append(str(part))
+        elif part in kinds:
+            section, kinds = kinds[part], {}
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
+            kinds = {tag: one for one in get_args(inner) for tag in _tags(one)}
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 section = inner
     return section, place
+
+
+def _tags(kind: Any) -> tuple[str, ...]:
+    """The names that a kind of section goes by."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel) and "name" in kind.model_fields):
+        return ()
+    return get_args(kind.model_fields["name"].annotation)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .data.cohort import encoded
 from .data.intake import hashed
-from .data.phantom import write_sample_cohort
+from .data.sample_cohort import write_sample_cohort
 from .data.store import VolumeStore
 from .errors import UserError
 from .prepare import prepare

@@ -2,8 +2,8 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from .config import Config, load_config
 from .data.patches import check_images, resolve_spacing
 from .data.pseudo_labels import PseudoLabels
+from .data.reports import Report, read_reports, reports_sha256
 from .data.store import VolumeMeta, VolumeStore, read_audit
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
@@ -26,17 +27,24 @@ DISCOVERY_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Material:
-    """What a training learns from: a store and, if it takes them, the pseudo-labels that discover left."""
+    """What a training learns from: a store and, if it takes them, the pseudo-labels that discover left, or reports."""
 
     store: VolumeStore
     table: PseudoLabels | None
     spacing_mm: tuple[float, ...] | None  # of patches; None: each volume's own
     pseudo_labels_sha256: str | None
+    reports: Mapping[str, Report] = field(default_factory=dict)  # by volume
+
+    @property
+    def reports_sha256(self) -> str | None:
+        return reports_sha256(self.reports) if self.reports else None
 
     @property
     def seen(self) -> list[VolumeMeta]:
-        """All that pretraining may see."""
-        return [meta for meta in self.store if meta.split != "test"]
+        """All that pretraining may see: volumes that are no test patient's, and have a report if it takes them."""
+        return [
+            meta for meta in self.store if meta.split != "test" and (not self.reports or meta.volume in self.reports)
+        ]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
         "in_channels": material.seen[0].shape[0],
         "modality": modalities[0] if len(modalities) == 1 else modalities,
         "pseudo_labels_sha256": material.pseudo_labels_sha256,
+        **({"reports_sha256": material.reports_sha256} if material.reports else {}),
         "cohort": {
             "key": workspace.id_key_hash(),
             "patients": sorted({meta.patient for meta in material.seen}),
@@ -117,6 +126,10 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             f"The pseudo-labels were made anew since {folder} started, so it cannot go on; "
             "start a new run without --resume."
         )
+    if material.reports_sha256 != record.get("reports_sha256"):
+        raise UserError(
+            f"The reports are others than when {folder} started, so it cannot go on; start a new run without --resume."
+        )
     if record["cohort"]["volumes"] != sorted(meta.volume for meta in material.seen):
         raise UserError(
             f"The volumes of the store are others than when {folder} started, so it cannot go on; "
@@ -155,10 +168,10 @@ def _configure(workspace: Workspace, options: argparse.Namespace) -> tuple[Confi
         values |= {f"data.{field}": value for field, value in record["data"].items()}
         values["discovery"] = dict(record["discovery"])
         config = load_config(name, options.overrides, sample=sample, values=values)
-    for field, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
-        if value != (used := record["data"][field]):
+    for setting, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
+        if value != (used := record["data"][setting]):
             raise UserError(
-                f"data.{field} is {value}, but discovery used {used}: leave it out, or run "
+                f"data.{setting} is {value}, but discovery used {used}: leave it out, or run "
                 f"python -m genesis.discover --dim {options.dim} with the same setting first."
             )
     return config, material
@@ -195,10 +208,17 @@ def _undiscovered(workspace: Workspace, config: Config) -> Material:
     train = store.select("train")
     if not train:
         raise UserError(f"{workspace.store} has no training volumes; see the splits in the table of your scans.")
+    reports = read_reports(workspace.store) if config.method.needs == "reports" else {}
+    reports = {meta.volume: reports[meta.volume] for meta in store if meta.volume in reports and meta.split != "test"}
+    if config.method.needs == "reports" and not any(meta.volume in reports for meta in train):
+        raise UserError(
+            f"No training volume in {workspace.store} has a report, which {config.method.name} learns from: prepare "
+            "--data with a CSV or JSONL that has a column report, or findings and impression."
+        )
     check_images(train, config.spatial_dims)
     with torch.device("meta"):
         stride = configured_network(config, train[0].shape[0]).stride
-    return Material(store, None, resolve_spacing(config.data, train, stride), None)
+    return Material(store, None, resolve_spacing(config.data, train, stride), None, reports)
 
 
 def _steps(options: argparse.Namespace) -> dict[str, Any]:

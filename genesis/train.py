@@ -46,8 +46,10 @@ from .models import Backbone
 from .network import configured_network
 from .prepare import prepare_sample
 from .runs import Run, plan_run, recipe_of, reopen_run
-from .sampling import samples_of
+from .sampling import TEXT, samples_of, text_model_of
 from .seeding import key
+from .text.encoders import TextModel, keep_text_model
+from .text.studies import StudySamples, studies_of
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -98,10 +100,11 @@ def run(options: argparse.Namespace) -> None:
     backbone = configured_network(config, this.record["in_channels"])
     if config.train.recompute_activations:
         backbone.recompute_activations()
-    method = METHODS[config.method.name](config, backbone, _facts(this))
+    text = text_model_of(this)
+    method = METHODS[config.method.name](config, backbone, _facts(this, text))
     this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
-    train, validation = samples_of(this, fabric)
+    train, validation = samples_of(this, fabric, text)
     how: dict[str, Any] = {
         "validation": validation,
         "seed": seed,
@@ -113,7 +116,8 @@ def run(options: argparse.Namespace) -> None:
         "validate_every": config.train.validate_every,
         "workers": 0 if isinstance(train, ResidentPatches) else config.train.workers,
     }
-    judges = f"{len(validation) if validation else 'no'} patches of held-out patients judge it"
+    what = "patches" if text is None else "studies"
+    judges = f"{len(validation) if validation else 'no'} {what} of held-out patients judge it"
     fabric.print(f"Training {config.method.name} on {_amount(this)}; {judges}.")
     if options.dry_run:
         fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
@@ -121,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": this.begun, "profile": options.profile}
-    result = _fit(this, method, train, how, fabric, again)
+    result = _fit(this, method, text, train, how, fabric, again)
     if not isfinite(result.best_loss):
         if fabric.is_global_zero:
             this.write("finished")
@@ -145,13 +149,14 @@ def _sample_for_want_of_scans(workspace: Workspace, options: argparse.Namespace)
         prepare_sample(workspace, options.seed)
 
 
-def _facts(this: Run) -> Facts:
+def _facts(this: Run, text: TextModel | None) -> Facts:
     material = this.material
     train = material.store.select("train")
     return Facts(
         classes=material.table.classes if material.table is not None else 0,
         modalities=tuple(one for one in MODALITIES if any(meta.modality == one for meta in train)),
         targets=tuple(sorted({meta.target for meta in train if meta.target is not None})),
+        text=text,
     )
 
 
@@ -159,14 +164,26 @@ def _amount(this: Run) -> str:
     """What is trained on, in words."""
     if (table := this.material.table) is not None:
         return f"{(table.split == 'train').sum()} patches of {table.classes} classes"
+    if reports := this.material.reports:
+        return f"{len(studies_of(this.material.store.select('train'), reports))} studies with reports"
     return f"{len(this.material.store.select('train'))} volumes"
 
 
-def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", again: str) -> FitResult:
+def _fit(
+    this: Run,
+    method: Method,
+    text: TextModel | None,
+    train: Patches,
+    how: dict[str, Any],
+    fabric: "Fabric",
+    again: str,
+) -> FitResult:
     """Train, and note in the run when it is stopped; a new run that fails at once leaves nothing."""
     status = "stopped"
     if fabric.is_global_zero:
         this.write("running")
+        if text is not None and not (this.folder / TEXT).is_dir():
+            keep_text_model(text, this.folder / TEXT)
     try:
         result = fit(method, train, folder=this.folder, title="training", **how)
         status = "running"  # until the figures are drawn, too
@@ -200,7 +217,7 @@ def _draw(this: Run, method: Method, samples: Patches, device: torch.device) -> 
     learning_curves(
         figures / "learning_curves.png", read_metrics(this.folder, "train"), read_metrics(this.folder, "val")
     )
-    count = len(samples) if isinstance(samples, Subset) else PICTURED
+    count = len(samples) if isinstance(samples, Subset | StudySamples) else PICTURED
     rows = np.linspace(0, count - 1, min(PICTURED, count)).round().astype(int).tolist()
     batch = default_collate([samples[row] for row in rows])
     for name, columns in method.pictures({name: tensor.to(device) for name, tensor in batch.items()}).items():
