@@ -35,8 +35,10 @@ def chosen_package(name: str | None, workspace: Workspace) -> Path:
     return max(cards, key=lambda path: path.stat().st_mtime).parent
 
 
-def labelled_store(options: argparse.Namespace, workspace: Workspace, card: Card) -> tuple[VolumeStore, str]:
-    """The store of the labelled scans of --data, made if need be, and a name for it.
+def labelled_store(
+    options: argparse.Namespace, workspace: Workspace, card: Card, *, unlabelled: bool = False
+) -> tuple[VolumeStore, str]:
+    """The store of the labelled scans of --data, made if need be, and a name for it; with `unlabelled` of all of them.
 
     Without --data that is the workspace's own store, and the sample cohort where there is none.
     """
@@ -48,16 +50,7 @@ def labelled_store(options: argparse.Namespace, workspace: Workspace, card: Card
         data = workspace.sample / "dataset.json"
         if not data.is_file():
             write_sample_cohort(workspace.sample)
-    return _read(options, workspace, card, Path(data), labelled_only=True)
-
-
-def any_store(options: argparse.Namespace, workspace: Workspace, card: Card) -> tuple[VolumeStore, str]:
-    """The same of scans with or without labels; without --data that is the workspace's own store."""
-    if options.data is None:
-        if not (workspace.store / "audit.json").is_file():
-            raise UserError(f"There is no store in {workspace.root}; say which scans with --data.")
-        return _own(workspace)
-    return _read(options, workspace, card, Path(options.data), labelled_only=False)
+    return _read(options, workspace, card, Path(data), labelled_only=not unlabelled)
 
 
 def _own(workspace: Workspace) -> tuple[VolumeStore, str]:

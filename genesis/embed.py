@@ -4,8 +4,9 @@
     python -m genesis.embed --weights NAME --split test      (of the workspace's store)
 
 SCANS is one scan, a folder, a CSV or a dataset.json. The encoder is shown patches that cover the body, of voxels as it
-was trained on; the vector is the mean of its features over them. Results are in embeddings/NAME of the workspace:
-vectors.csv with the columns volume, patient, split, target and v0, v1, … (float32, to the last bit), embedding.json.
+was trained on, and the vector is the mean of its features over them; the encoder of an image-text method, which has
+learned from whole bodies, is shown that. Results are in embeddings/NAME of the workspace: vectors.csv with the columns
+volume, patient, split, target and v0, v1, … (float32, to the last bit), and embedding.json.
 Ids are hashed; case_map.csv, readable by you alone, leads from them to your files.
 
 In Python: genesis.embed(package, scans) gives a dict of arrays by path, and writes nothing.
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from .cli import command
-from .downstream import add_scan_arguments, any_store, chosen_package
+from .downstream import add_scan_arguments, chosen_package, labelled_store
 from .engine.launch import launch
 from .errors import UserError
 from .evaluation.embedding import FrozenEncoder, embed, embed_volumes, write_vectors
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     card = read_card(package)
     device = launch(options.device).device
     encoder = FrozenEncoder.of(package, device)
-    store, data_name = any_store(options, workspace, card)
+    store, data_name = labelled_store(options, workspace, card, unlabelled=True)
     metas = store.select(None if options.split == "all" else options.split)
     if not metas:
         splits = ", ".join(sorted({meta.split for meta in store}))

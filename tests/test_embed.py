@@ -124,8 +124,6 @@ def test_refusals(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "does not exist" in refused(workspace, capsys, "--data", str(tmp_path / "nowhere"))
     assert "no slashes" in refused(workspace, capsys, "--run", "../up")
     assert "There are no weights" in refused(tmp_path / "empty", capsys)
-    write_weights(tmp_path / "other" / "weights" / "tiny")
-    assert "say which scans" in refused(tmp_path / "other", capsys)
     write_store(tmp_path / "train" / "store", ("train", "train"))
     write_weights(tmp_path / "train" / "weights" / "tiny")
     assert "in the split test; there: train" in refused(tmp_path / "train", capsys, "--split", "test")

@@ -96,7 +96,7 @@ def test_features_that_tell_organs_apart_win(workspace: Path) -> None:
     assert readings[1].values == readings[3].values  # all the cases, whatever the seed
     assert readings[5].values != readings[7].values  # another untrained network
     assert readings[1].values["linear accuracy"] > 0.8  # at the surface of a ball its brightness is mixed with air
-    found, neighbours = search(organs, arms, ("pretrained",), (3,), 2)
+    found, neighbours = search(organs, arms, ("pretrained",), (3,), 2, 5)
     assert found[0].labels == 10 * 2 * 4
     assert found[0].values["precision@1"] > 0.8
     assert found[0].values["chance"] == 0.5

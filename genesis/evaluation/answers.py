@@ -17,6 +17,7 @@ class Answer:
 
     question: str
     names: tuple[str, ...]
+    arms: tuple[str, ...]
     splits: Splits
     overlap: tuple[str, ...]
     readings: Sequence[Reading]
@@ -26,13 +27,13 @@ class Answer:
     figures: dict[str, str] = field(default_factory=dict)  # title → file in the results' folder
 
 
-def write_answers(folder: Path, about: dict[str, Any], answers: Sequence[Answer], arms: Sequence[str]) -> str:
+def write_answers(folder: Path, about: dict[str, Any], answers: Sequence[Answer]) -> str:
     """Write both files; returns the Markdown. `about`: task, package and so on, for results.json."""
-    tree = {"schema": 1, **about, "answers": [_as_json(answer, arms) for answer in answers]}
+    tree = {"schema": 1, **about, "answers": [_as_json(answer) for answer in answers]}
     text = "\n\n".join(
         [
             f"# {about['package']}: {about['task']} of frozen features",
-            *(part for answer in answers for part in _as_markdown(answer, arms)),
+            *(part for answer in answers for part in _as_markdown(answer)),
         ]
     )
     write_json(folder / "results.json", tree)
@@ -41,13 +42,13 @@ def write_answers(folder: Path, about: dict[str, Any], answers: Sequence[Answer]
     return text
 
 
-def _as_markdown(answer: Answer, arms: Sequence[str]) -> list[str]:
-    splits = answer.splits
-    cases = f"{len(splits.train)} training, {len(splits.validation)} validation, {len(splits.test)} test cases"
+def _as_markdown(answer: Answer) -> list[str]:
+    cases = ", ".join(f"{len(metas)} {split}" for split, metas in vars(answer.splits).items() if metas)
+    classes = f"; classes: {', '.join(answer.names)}" if answer.names else ""
     parts = [
         f"## {answer.question[0].upper()}{answer.question[1:]}",
-        f"In percent, mean ± sd over the seeds. {cases}; classes: {', '.join(answer.names)}. {answer.note}",
-        table(answer.readings, arms, answer.columns, answer.unit),
+        f"In percent, mean ± sd over the seeds. Cases: {cases}{classes}. {answer.note}",
+        table(answer.readings, answer.arms, answer.columns, answer.unit),
     ]
     if answer.overlap:
         parts.append(
@@ -57,7 +58,8 @@ def _as_markdown(answer: Answer, arms: Sequence[str]) -> list[str]:
     return [*parts, *(f"![{title}]({file})" for title, file in answer.figures.items())]
 
 
-def _as_json(answer: Answer, arms: Sequence[str]) -> dict[str, Any]:
+def _as_json(answer: Answer) -> dict[str, Any]:
+    arms = answer.arms
     counts = sorted({reading.labels for reading in answer.readings})
     names = sorted({name for reading in answer.readings for name in reading.values})
 

@@ -12,32 +12,51 @@ from torch import Tensor
 
 from ..data.cohort import find_cases
 from ..data.intake import in_memory
+from ..data.labelled import body_box
+from ..data.patches import cut
 from ..data.scans import Quarantine, read_scan
 from ..data.store import Modality, Volume, VolumeMeta, VolumeStore
 from ..data.windows import BodyWindows
 from ..engine.launch import launch
 from ..errors import UserError
 from ..files import write_aside
-from ..models import Backbone, wrap
+from ..models import Backbone, build_described, wrap
 from ..models.heads import pool
 from ..progress import progress
-from ..weights import Card, DataCard, load_pretrained, read_card
+from ..seeding import key
+from ..weights import Card, DataCard, has_text_side, load_pretrained, read_card
 
 AT_ONCE = 2**20  # voxels that the encoder is given at once, which bounds its memory
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A network's encoder that is asked, not trained; `data` says what patches it takes."""
+    """A network's encoder that is asked, not trained; `data` says what patches it takes.
+
+    whole: it was trained on whole bodies, shrunk until they fit a patch.
+    """
 
     backbone: Backbone
     data: DataCard
     device: torch.device
+    whole: bool = False
 
     @classmethod
     def of(cls, package: Path, device: torch.device) -> "FrozenEncoder":
         """That of a weights package. Raises `UserError` when it is damaged."""
-        return cls(wrap(load_pretrained(package)).to(device).eval(), read_card(package).data, device)
+        return cls._as(package, wrap(load_pretrained(package)), device)
+
+    @classmethod
+    def untrained(cls, package: Path, device: torch.device, seed: int) -> "FrozenEncoder":
+        """One of the same network, with initial weights that depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "initial weights"))
+            backbone = build_described(read_card(package).network.model_dump(by_alias=True))
+        return cls._as(package, backbone, device)
+
+    @classmethod
+    def _as(cls, package: Path, backbone: Backbone, device: torch.device) -> "FrozenEncoder":
+        return cls(backbone.to(device).eval(), read_card(package).data, device, has_text_side(package))
 
     @property
     def together(self) -> int:
@@ -50,13 +69,16 @@ class FrozenEncoder:
         return pool(self.backbone.encode(patches.to(self.device))[-1]).float().cpu()
 
     def embed(self, volume: Volume) -> Float[Tensor, " d"]:
-        """The mean over the patches that cover the body."""
+        """The mean over the patches that cover the body, or the whole of it."""
         if (channels := volume.meta.shape[0]) != self.backbone.in_channels:
             raise UserError(
                 f"Volume {volume.meta.volume} has {channels} channels, the weights take {self.backbone.in_channels}; "
                 "choose them with --channels."
             )
         data = self.data
+        if self.whole:
+            box = body_box(volume.meta, data.patch_size, data.spacing_mm)
+            return self.encode(cut(volume, *box, data.patch_size, data.window_hu)[None])[0]
         windows = BodyWindows(volume, data.patch_size, data.spacing_mm, data.window_hu)
         firsts = range(0, len(windows), self.together)
         return torch.cat([self.encode(windows.patches(first, first + self.together)) for first in firsts]).mean(0)

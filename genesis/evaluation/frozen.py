@@ -8,17 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..models import build_described
-from ..seeding import key
-from ..weights import read_card
 from .arms import PRETRAINED
 from .cases import choose
 from .embedding import FrozenEncoder
 from .questions import SPLITS, Question
 from .readout import cosines, read_out
 from .retrieval import retrieval
-
-SHOWN = 5  # nearest candidates in the picture of a retrieval
 
 
 @dataclass(frozen=True)
@@ -41,15 +36,10 @@ class Encoders:
     def each(self, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int, FrozenEncoder]]:
         """Arm, seed and encoder; the pretrained one stands for all seeds, with the first."""
         for arm in arms:
-            for seed in seeds[:1] if arm == PRETRAINED else seeds:
-                yield arm, seed, FrozenEncoder.of(self.package, self.device) if arm == PRETRAINED else self._drawn(seed)
-
-    def _drawn(self, seed: int) -> FrozenEncoder:
-        card = read_card(self.package)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(seed, "initial weights"))
-            backbone = build_described(card.network.model_dump(by_alias=True))
-        return FrozenEncoder(backbone.to(self.device).eval(), card.data, self.device)
+            if arm == PRETRAINED:
+                yield arm, seeds[0], FrozenEncoder.of(self.package, self.device)
+            else:
+                yield from ((arm, seed, FrozenEncoder.untrained(self.package, self.device, seed)) for seed in seeds)
 
 
 def probe(
@@ -79,9 +69,9 @@ class Neighbours:
 
 
 def search(
-    question: Question, encoders: Encoders, arms: Sequence[str], seeds: Sequence[int], shown: int
+    question: Question, encoders: Encoders, arms: Sequence[str], seeds: Sequence[int], shown: int, near: int
 ) -> tuple[list[Reading], Neighbours]:
-    """Search with each test item among those of training and validation; also the nearest of `shown` of them."""
+    """Search with each test item among those of training and validation; also the `near` nearest of `shown` of them."""
     candidates = torch.cat([question.labels("train"), question.labels("validation")])
     labels = question.labels("test")
     readings, similar = [], []
@@ -92,7 +82,7 @@ def search(
         values = retrieval(similar[-1], labels[:, None] == candidates)
         readings += [Reading(arm, len(candidates), each, values) for each in _seeds(arm, seed, seeds)]
     rows = _spread(labels, shown)
-    nearest = similar[0][rows].topk(min(SHOWN, len(candidates)), dim=1)
+    nearest = similar[0][rows].topk(min(near, len(candidates)), dim=1)
     return readings, Neighbours(rows, nearest.indices, nearest.values)
 
 

@@ -15,7 +15,6 @@ from ..data.labelled import Classes, body_box
 from ..data.organs import OrganPatches
 from ..data.patches import cut
 from ..data.store import VolumeMeta, VolumeStore
-from ..errors import UserError
 from ..progress import progress
 from ..weights import DataCard
 from .cases import Splits, split_cases, with_label_maps, with_targets
@@ -91,9 +90,7 @@ class Targets(Question):
         return embed_volumes(encoder, self.store, self.metas(split), title)
 
     def image(self, split: str, item: int) -> Float[np.ndarray, "x y"]:
-        meta = self.metas(split)[item]
-        box = body_box(meta, (PIXELS, PIXELS), None)
-        return cut(self.store[meta.volume], *box, (PIXELS, PIXELS), self.data.window_hu)[0].numpy()
+        return axial_slice(self.store, self.metas(split)[item], self.data)
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,14 @@ class Organs(Question):
         }  # fmt: skip
 
 
+def axial_slice(store: VolumeStore, meta: VolumeMeta, data: DataCard) -> Float[np.ndarray, "x y"]:
+    """The one in the middle of the body."""
+    box = body_box(meta, (PIXELS, PIXELS), None)
+    return cut(store[meta.volume], *box, (PIXELS, PIXELS), data.window_hu)[0].numpy()
+
+
 def questions(store: VolumeStore, data: DataCard) -> list[Question]:
-    """Those that a store's labels answer. Raises `UserError` when there are none."""
+    """Those that a store's labels answer."""
     found: list[Question] = []
     targeted, mapped = with_targets(store), with_label_maps(store)
     targets = tuple(sorted({meta.target for meta in targeted if meta.target is not None}))
@@ -146,9 +149,4 @@ def questions(store: VolumeStore, data: DataCard) -> list[Question]:
         found.append(Targets(store, split_cases(targeted), data, targets))
     if mapped and len((classes := Classes.of(store, mapped)).names) > 1:
         found.append(Organs(store, split_cases(mapped), data, classes))
-    if not found:
-        raise UserError(
-            f"None of the {len(store)} scans has a label map of two organs, nor are there two targets (whole numbers, "
-            "as the column `target` of a CSV); pass --data with labelled scans."
-        )
     return found
