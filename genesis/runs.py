@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .config import Config, load_config
-from .data.patches import check_images, resolve_spacing
+from .data.patches import check_images, resolve_spacing, voxel_size
 from .data.pseudo_labels import PseudoLabels
 from .data.reports import Report, read_reports, reports_sha256
 from .data.store import VolumeMeta, VolumeStore, read_audit
@@ -218,7 +218,11 @@ def _undiscovered(workspace: Workspace, config: Config) -> Material:
     check_images(train, config.spatial_dims)
     with torch.device("meta"):
         stride = configured_network(config, train[0].shape[0]).stride
-    return Material(store, None, resolve_spacing(config.data, train, stride), None, reports)
+    if config.method.needs == "reports":  # whole bodies: those smaller than a patch are padded
+        spacing = voxel_size(config.data, train)
+    else:
+        spacing = resolve_spacing(config.data, train, stride)
+    return Material(store, None, spacing, None, reports)
 
 
 def _steps(options: argparse.Namespace) -> dict[str, Any]:

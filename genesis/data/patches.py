@@ -111,20 +111,26 @@ def check_images(metas: Sequence[VolumeMeta], spatial_dims: int) -> None:
         raise UserError("The store holds 2D images; use --dim 2d.")
 
 
+def voxel_size(data: DataConfig, metas: Sequence[VolumeMeta]) -> tuple[float, ...] | None:
+    """In mm: as configured, the cohort's median per axis, or None for each volume's own."""
+    if data.spacing_mm == "native":
+        return None
+    if data.spacing_mm != "median":
+        return data.spacing_mm
+    stored = np.array([meta.spacing_mm[: len(data.patch_size)] for meta in metas])
+    return tuple(round(float(step), 4) for step in np.median(stored, axis=0))
+
+
 def resolve_spacing(data: DataConfig, metas: Sequence[VolumeMeta], stride: int) -> tuple[float, ...] | None:
-    """The voxel size of patches in mm: as configured, the cohort's median per axis, or None for each volume's own.
+    """The `voxel_size` of patches.
 
     Raises `UserError` when a patch is larger than the median volume, with a size that fits, in multiples of `stride`.
     """
     dims = len(data.patch_size)
     stored = np.array([meta.spacing_mm[:dims] for meta in metas])
     shapes = np.array([meta.shape[1 : dims + 1] for meta in metas])
-    if data.spacing_mm == "native":
-        spacing, room = None, np.median(shapes, axis=0)
-    else:
-        median = tuple(round(float(step), 4) for step in np.median(stored, axis=0))
-        spacing = median if data.spacing_mm == "median" else data.spacing_mm
-        room = np.median(shapes * stored, axis=0) / spacing
+    spacing = voxel_size(data, metas)
+    room = np.median(shapes if spacing is None else shapes * stored / spacing, axis=0)
     fits = [
         side if side <= most + 0.5 else int(most // stride * stride)
         for side, most in zip(data.patch_size, room, strict=True)

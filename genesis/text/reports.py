@@ -32,8 +32,8 @@ def sections(report: Report) -> dict[str, str]:
     """
     found = {"findings": report.findings, "impression": report.impression}
     headings = list(_HEADING.finditer(report.text))
-    ends = [*(heading.start() for heading in headings[1:]), len(report.text)]
-    for heading, end in zip(headings, ends, strict=True):
+    bounds = [*(heading.start() for heading in headings), len(report.text)]
+    for heading, end in zip(headings, bounds[1:], strict=True):
         if (name := heading.lastgroup) in found:
             found[name] = f"{found[name]} {report.text[heading.end() : end]}"
     found = {name: _clean(text) for name, text in found.items() if _has_words(text)}
