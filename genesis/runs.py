@@ -12,7 +12,7 @@ from .data.pseudo_labels import PseudoLabels
 from .data.store import VolumeStore
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
-from .files import check_schema, read_json, verify_folder, write_aside, write_json
+from .files import check_schema, read_json, seal, unseal, verify_folder, write_aside, write_json
 from .weights import SeenVolume
 from .workspace import Workspace
 
@@ -41,8 +41,7 @@ class Run:
 
     def write(self, status: str) -> None:
         """config.yaml and run.json; `status` is "running", "stopped" or "finished"."""
-        with write_aside(self.folder / "config.yaml") as aside:
-            aside.write_text(self.config.dump(), encoding="utf-8")
+        write_config(self.folder, self.config)
         write_json(self.folder / "run.json", {**self.record, "status": status}, sealed=True)
 
 
@@ -75,7 +74,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             return Run(folder, config, record, found, begun=False)
         earlier = read_run(folder)
         same = all(earlier.get(key) == value for key, value in record.items())
-        if same and (options.run or earlier["status"] != "finished") and _config(folder) == config:
+        if same and (options.run or earlier["status"] != "finished") and read_config(folder) == config:
             return Run(folder, config, record, found, begun=True)
     raise UserError(f"There is a run {stem} in {workspace.runs}; go on with it by --resume, or choose another --run.")
 
@@ -88,7 +87,7 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
     record = read_run(folder)
     if record["dim"] != options.dim:
         raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
-    config = _config(folder, _steps(options))
+    config = read_config(folder, _steps(options))
     checkpoints = folder / "checkpoints"
     newest = newest_intact(checkpoints)
     killed = record["status"] == "running"  # perhaps before the first checkpoint was whole
@@ -115,8 +114,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _config(folder: Path, values: dict[str, Any] | None = None) -> Config:
-    return load_config(str(folder / "config.yaml"), values=values)
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml of a run, whose last line is a checksum."""
+    with write_aside(folder / "config.yaml") as aside:
+        aside.write_bytes(seal(config.dump().encode()))
+
+
+def read_config(folder: Path, values: dict[str, Any] | None = None) -> Config:
+    """config.yaml of a run, with some values changed. Raises `UserError` when it is missing or damaged."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        unseal(path, path.read_bytes())
+    return load_config(str(path), values=values)
 
 
 def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:

@@ -39,6 +39,7 @@ from .engine.preflight import Estimate, measure
 from .engine.step import StepSettings
 from .engine.trainer import FitResult, fit
 from .errors import UserError
+from .files import write_sums
 from .methods import METHODS
 from .methods.semantic_genesis import SemanticGenesis
 from .models import Backbone
@@ -130,6 +131,7 @@ def run(options: argparse.Namespace) -> None:
     if fabric.is_global_zero:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
         _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
+        write_sums(this.folder, "figures/*")
         this.write("finished")
         print(_summary(result))
         print(f"The run is in {this.folder}; next: {command(options, 'export')}")

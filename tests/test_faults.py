@@ -12,10 +12,13 @@ import pytest
 from chaos import commands, contents, write_scans
 
 from genesis import cli, load_pretrained
+from genesis.data.case_map import CaseMap
 from genesis.data.store import Volume
 from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.monitor import read_metrics
 from genesis.errors import UserError
 from genesis.files import read_json, verify_folder
+from genesis.runs import read_config
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,10 @@ KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "pseudo-labels": ("discovery/3d/pseudo_labels.csv", lambda file: verify_folder(file.parent, file.name)),
     "checkpoint": ("runs/run/checkpoints/*.pt", read_checkpoint),
     "run": ("runs/run/run.json", read_json),
+    "config": ("runs/run/config.yaml", lambda file: read_config(file.parent)),
+    "metrics": ("runs/run/metrics.jsonl", lambda file: read_metrics(file.parent, "train")),
+    "figures": ("runs/run/figures/*.png", lambda file: verify_folder(file.parents[1])),
+    "case map": ("case_map.csv", lambda file: CaseMap(file, "store").rows),
     "weights": ("weights/run/weights.safetensors", lambda file: load_pretrained(file.parent)),
     "card": ("weights/run/card.json", lambda file: verify_folder(file.parent)),
 }
