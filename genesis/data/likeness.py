@@ -83,7 +83,7 @@ def _soft_tissue(image: np.ndarray) -> np.ndarray:
     image = image.astype(np.float32)
     if image.min() <= HU:
         image = image.clip(*SOFT_HU)
-    values = np.sort(image.ravel()[:: max(1, image.size // SAMPLE)])[::-1]
+    values = np.sort(image.ravel()[:: max(1, image.size // SAMPLE)].astype(np.float64))[::-1]
     tissue = values[(values > _air(values)) & (values < values[0])]
     if not len(tissue):
         return image
@@ -98,7 +98,7 @@ def _soft_tissue(image: np.ndarray) -> np.ndarray:
 
 def _air(values: np.ndarray) -> float:
     """Otsu's threshold."""
-    counts, edges = np.histogram(values, bins=128)
+    counts, edges = np.histogram(values.astype(np.float64), bins=128)
     middles, below, total = (edges[1:] + edges[:-1]) / 2, counts.cumsum()[:-1], counts.sum()
     sums = (counts * middles).cumsum()
     between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
