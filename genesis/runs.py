@@ -5,7 +5,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import Config, load_config
 from .data.pseudo_labels import PseudoLabels
@@ -13,11 +15,37 @@ from .data.store import VolumeStore
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
 from .files import check_schema, read_json, seal, unseal, verify_folder, write_aside, write_json
-from .weights import SeenVolume
+from .weights import CohortCard, SeenVolume
 from .workspace import Workspace
 
 SCHEMA = 1  # of run.json
 DISCOVERY_SCHEMA = 1
+
+
+class _Record(BaseModel):
+    """What run.json and discovery.json must hold; they may hold more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    dim: Literal["3d", "2d"]
+    seed: int = Field(ge=-(2**63), lt=2**63)
+    spacing_mm: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=3)] | None
+    in_channels: int = Field(ge=1, le=1000)
+    modality: Literal["ct", "mr", "xray"]
+
+
+class _RunRecord(_Record):
+    kind: Literal["train"]
+    method: str
+    status: Literal["running", "stopped", "finished"]
+    trained: list[Literal["encoder", "decoder"]] = []
+    cohort: CohortCard
+
+
+class _DiscoveryRecord(_Record):
+    data: dict[str, Any]
+    discovery: dict[str, Any]
+    pseudo_labels_sha256: str
 
 
 @dataclass(frozen=True)
@@ -109,8 +137,20 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a run. Raises `UserError` when it is damaged or newer."""
-    record = read_json(folder / "run.json")
-    check_schema(folder / "run.json", record.get("schema", SCHEMA), SCHEMA)
+    path = folder / "run.json"
+    record = read_json(path)
+    if isinstance(record, dict):
+        check_schema(path, record.get("schema", SCHEMA), SCHEMA)
+    return record if isinstance(record, dict) and record.get("kind") == "finetune" else _valid(path, record, _RunRecord)
+
+
+def _valid(path: Path, record: Any, kind: type[_Record]) -> dict[str, Any]:
+    try:
+        kind.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path} is damaged or was changed: {where}: {first['msg']}; make it anew.") from None
     return record
 
 
@@ -135,7 +175,10 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> Discovered:
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
     verify_folder(folder, "discovery.json", "pseudo_labels.csv")
     record = read_json(folder / "discovery.json")
-    check_schema(folder / "discovery.json", record.get("schema"), DISCOVERY_SCHEMA)
+    check_schema(
+        folder / "discovery.json", record.get("schema") if isinstance(record, dict) else None, DISCOVERY_SCHEMA
+    )
+    _valid(folder / "discovery.json", record, _DiscoveryRecord)
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
     if strangers := set(table.volume.tolist()) - now.keys():
@@ -162,7 +205,7 @@ def _configure(options: argparse.Namespace, found: Discovered) -> Config:
     if config.spatial_dims != int(options.dim[0]):
         raise UserError(f"The config {name} is {config.spatial_dims}D; pass --dim {config.spatial_dims}d.")
     for field, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
-        if value != (used := found.record["data"][field]):
+        if value != (used := found.record["data"].get(field)):
             raise UserError(
                 f"data.{field} is {value}, but discovery used {used}: leave it out, or run "
                 f"python -m genesis.discover --dim {options.dim} with the same setting first."
