@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from .cli import command
-from .config import Config, ConVIRTConfig, GLoRIAConfig, load_config
+from .config import Config, ConVIRTConfig, GLoRIAConfig
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
 from .errors import UserError
 from .methods import image_text_method
 from .network import configured_network
-from .runs import read_run
+from .runs import read_config, read_run
 from .sampling import TEXT
 from .text.encoders import kept_text_model
 from .weights import CohortCard, DataCard, PretrainingCard, TextSide, write_package
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--name {name}: a package's name has no slashes; it goes to {workspace.weights}.")
     record = read_run(folder)
     checkpoint = read_checkpoint(folder / "checkpoints" / f"{options.checkpoint}.pt")
-    config = load_config(str(folder / "config.yaml"))
+    config = read_config(folder)
     backbone = configured_network(config, record["in_channels"])
     weights = {key: value for key, value in checkpoint["method"].items() if key.startswith(_PREFIX)}
     try:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from .errors import UserError
 
 _SEAL = "seal"
+_SEAL_LINE = b"# sha256:"
 
 
 def _sync(path: Path) -> None:
@@ -71,9 +73,7 @@ def write_folder_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         content = sorted(aside.rglob("*"))
-        files = [p for p in content if p.is_file()]
-        sums = "".join(f"{sha256(p)}  {p.relative_to(aside).as_posix()}\n" for p in files)
-        (aside / "SHA256SUMS").write_text(sums, encoding="utf-8")
+        (aside / "SHA256SUMS").write_text(_sums(aside, content), encoding="utf-8")
         for written in (*content, aside / "SHA256SUMS", aside):
             _sync(written)
         if path.exists():
@@ -83,6 +83,17 @@ def write_folder_aside(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_sums(folder: Path, *patterns: str) -> None:
+    """A `SHA256SUMS` of the files in a folder that match, for `sha256sum --check` or `verify_folder`."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    with write_aside(folder / "SHA256SUMS") as aside:
+        aside.write_text(_sums(folder, files), encoding="utf-8")
+
+
+def _sums(folder: Path, files: Iterable[Path]) -> str:
+    return "".join(f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files if p.is_file())
 
 
 def verify_folder(folder: Path, *names: str) -> None:
@@ -119,6 +130,25 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(content: bytes) -> bytes:
+    """The lines of a text, and one more, a comment, with their checksum."""
+    return content + _SEAL_LINE + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def unseal(path: Path, content: bytes) -> bytes:
+    """The lines of `path` before `seal`; those of version 0.1, which have none, as they are.
+
+    Raises `UserError` where they do not match. One damaged bit leaves either the seal's name or its number.
+    """
+    last = content.rstrip(b"\n").rpartition(b"\n")[2]
+    if b"sha256:" not in last and not re.search(rb"[0-9a-f]{64}$", last):
+        return content
+    lines = content.rpartition(_SEAL_LINE)[0]
+    if content != seal(lines):
+        raise UserError(f"{path} is damaged, or was changed: it does not match its checksum; restore it from a copy.")
+    return lines
 
 
 def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:

@@ -28,9 +28,9 @@ from .evaluation.arms import PRETRAINED, SCRATCH, Experiment
 from .evaluation.cases import labelled_cases, report_cases, split_cases, training_counts
 from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
-from .files import sha256, write_aside, write_json
+from .files import sha256, write_json, write_sums
 from .models import build_described
-from .runs import SCHEMA, read_run
+from .runs import SCHEMA, read_run, write_config
 from .weights import Card, load_into, read_card
 from .workspace import Workspace
 
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     write_results(experiment, scores, arms)
     largest = [score for score in scores if (score.arm, score.labels) == (PRETRAINED, max(counts))]
     experiment.write_model(experiment.folder / "model", min(largest, key=lambda score: score.validation))
+    write_sums(experiment.folder, "results.*", "figures/*")
     write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
     print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
@@ -160,8 +161,7 @@ def _open_run(experiment: Experiment, config: Config, seed: int) -> dict[str, An
             raise UserError(
                 f"The run {experiment.folder.name} has another {changed[0]}; pass --run NAME to begin a new one."
             )
-    with write_aside(experiment.folder / "config.yaml") as aside:
-        aside.write_text(config.dump(), encoding="utf-8")
+    write_config(experiment.folder, config)
     record |= {"seed": seed, "status": "running"}
     write_json(path, record, sealed=True)
     return record

@@ -5,24 +5,51 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import Config, load_config
 from .data.patches import check_images, resolve_spacing, voxel_size
 from .data.pseudo_labels import PseudoLabels
 from .data.reports import Report, read_reports, reports_sha256
-from .data.store import VolumeMeta, VolumeStore, read_audit
+from .data.store import Modality, VolumeMeta, VolumeStore, read_audit
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
-from .files import check_schema, read_json, verify_folder, write_aside, write_json
+from .files import check_schema, read_json, seal, unseal, verify_folder, write_aside, write_json
 from .network import configured_network
-from .weights import SeenVolume
+from .weights import CohortCard, SeenVolume
 from .workspace import Workspace
 
 SCHEMA = 1  # of run.json
 DISCOVERY_SCHEMA = 1
+
+
+class _Record(BaseModel):
+    """What run.json and discovery.json must hold; they may hold more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    dim: Literal["3d", "2d"]
+    seed: int = Field(ge=-(2**63), lt=2**63)
+    spacing_mm: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=3)] | None
+    in_channels: int = Field(ge=1, le=1000)
+    modality: Modality | list[Modality]
+
+
+class _RunRecord(_Record):
+    kind: Literal["train"]
+    method: str
+    status: Literal["running", "stopped", "finished"]
+    trained: list[Literal["encoder", "decoder"]] = []
+    cohort: CohortCard
+
+
+class _DiscoveryRecord(_Record):
+    data: dict[str, Any]
+    discovery: dict[str, Any]
+    pseudo_labels_sha256: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +86,7 @@ class Run:
 
     def write(self, status: str) -> None:
         """config.yaml and run.json; `status` is "running", "stopped" or "finished"."""
-        with write_aside(self.folder / "config.yaml") as aside:
-            aside.write_text(self.config.dump(), encoding="utf-8")
+        write_config(self.folder, self.config)
         write_json(self.folder / "run.json", {**self.record, "status": status}, sealed=True)
 
 
@@ -93,7 +119,7 @@ def plan_run(workspace: Workspace, options: argparse.Namespace) -> Run:
             return Run(folder, config, record, material, begun=False)
         earlier = read_run(folder)
         same = all(earlier.get(key) == value for key, value in record.items())
-        if same and (options.run or earlier["status"] != "finished") and _config(folder) == config:
+        if same and (options.run or earlier["status"] != "finished") and read_config(folder) == config:
             return Run(folder, config, record, material, begun=True)
     raise UserError(f"There is a run {stem} in {workspace.runs}; go on with it by --resume, or choose another --run.")
 
@@ -106,7 +132,7 @@ def reopen_run(workspace: Workspace, options: argparse.Namespace) -> Run:
     record = read_run(folder)
     if record["dim"] != options.dim:
         raise UserError(f"The run {folder.name} is {record['dim']}: pass --dim {record['dim']}, or name another run.")
-    config = _config(folder, _steps(options))
+    config = read_config(folder, _steps(options))
     checkpoints = folder / "checkpoints"
     newest = newest_intact(checkpoints)
     killed = record["status"] == "running"  # perhaps before the first checkpoint was whole
@@ -145,13 +171,35 @@ def recipe_of(options: argparse.Namespace) -> str:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a run. Raises `UserError` when it is damaged or newer."""
-    record = read_json(folder / "run.json")
-    check_schema(folder / "run.json", record.get("schema", SCHEMA), SCHEMA)
+    path = folder / "run.json"
+    record = read_json(path)
+    if isinstance(record, dict):
+        check_schema(path, record.get("schema", SCHEMA), SCHEMA)
+    return record if isinstance(record, dict) and record.get("kind") == "finetune" else _valid(path, record, _RunRecord)
+
+
+def _valid(path: Path, record: Any, kind: type[_Record]) -> dict[str, Any]:
+    try:
+        kind.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{path} is damaged or was changed: {where}: {first['msg']}; make it anew.") from None
     return record
 
 
-def _config(folder: Path, values: dict[str, Any] | None = None) -> Config:
-    return load_config(str(folder / "config.yaml"), values=values)
+def write_config(folder: Path, config: Config) -> None:
+    """config.yaml of a run, whose last line is a checksum."""
+    with write_aside(folder / "config.yaml") as aside:
+        aside.write_bytes(seal(config.dump().encode()))
+
+
+def read_config(folder: Path, values: dict[str, Any] | None = None) -> Config:
+    """config.yaml of a run, with some values changed. Raises `UserError` when it is missing or damaged."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        unseal(path, path.read_bytes())
+    return load_config(str(path), values=values)
 
 
 def _configure(workspace: Workspace, options: argparse.Namespace) -> tuple[Config, Material]:
@@ -169,7 +217,7 @@ def _configure(workspace: Workspace, options: argparse.Namespace) -> tuple[Confi
         values["discovery"] = dict(record["discovery"])
         config = load_config(name, options.overrides, sample=sample, values=values)
     for setting, value in config.data.model_dump(mode="json", exclude={"resident"}).items():
-        if value != (used := record["data"][setting]):
+        if value != (used := record["data"].get(setting)):
             raise UserError(
                 f"data.{setting} is {value}, but discovery used {used}: leave it out, or run "
                 f"python -m genesis.discover --dim {options.dim} with the same setting first."
@@ -185,7 +233,10 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> tuple[Material, dict
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
     verify_folder(folder, "discovery.json", "pseudo_labels.csv")
     record = read_json(folder / "discovery.json")
-    check_schema(folder / "discovery.json", record.get("schema"), DISCOVERY_SCHEMA)
+    check_schema(
+        folder / "discovery.json", record.get("schema") if isinstance(record, dict) else None, DISCOVERY_SCHEMA
+    )
+    _valid(folder / "discovery.json", record, _DiscoveryRecord)
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
     if strangers := set(table.volume.tolist()) - now.keys():

@@ -41,6 +41,7 @@ from .engine.ranks import is_first
 from .engine.step import StepSettings
 from .engine.trainer import FitResult, fit
 from .errors import UserError
+from .files import write_sums
 from .methods import METHODS, Facts
 from .models import Backbone
 from .network import configured_network
@@ -136,6 +137,7 @@ def run(options: argparse.Namespace) -> None:
     if fabric.is_global_zero:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
         _draw(this, method.eval(), validation or train, fabric.device)
+        write_sums(this.folder, "figures/*")
         this.write("finished")
         print(_summary(result, method))
         print(f"The run is in {this.folder}; next: {command(options, 'export')}")

@@ -1,10 +1,13 @@
 """Flipped bits in every artefact, full disks, limits and read-only folders: noticed, said in one sentence, mended."""
 
+import errno
+import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,13 @@ import pytest
 from chaos import commands, contents, write_scans
 
 from genesis import cli, load_pretrained
+from genesis.data.case_map import CaseMap
 from genesis.data.store import Volume
 from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.monitor import read_metrics
 from genesis.errors import UserError
 from genesis.files import read_json, verify_folder
+from genesis.runs import read_config
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,10 @@ KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "pseudo-labels": ("discovery/3d/pseudo_labels.csv", lambda file: verify_folder(file.parent, file.name)),
     "checkpoint": ("runs/run/checkpoints/*.pt", read_checkpoint),
     "run": ("runs/run/run.json", read_json),
+    "config": ("runs/run/config.yaml", lambda file: read_config(file.parent)),
+    "metrics": ("runs/run/metrics.jsonl", lambda file: read_metrics(file.parent, "train")),
+    "figures": ("runs/run/figures/*.png", lambda file: verify_folder(file.parents[1])),
+    "case map": ("case_map.csv", lambda file: CaseMap(file, "store").rows),
     "weights": ("weights/run/weights.safetensors", lambda file: load_pretrained(file.parent)),
     "card": ("weights/run/card.json", lambda file: verify_folder(file.parent)),
 }
@@ -127,21 +137,63 @@ def test_a_limit_of_file_sizes_as_a_quota(
     assert {name for name in contents(workspace) if name.startswith(made[verb])} == names
 
 
-def test_a_full_disk(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file system of 1 MB, which only root may mount."""
-    workspace, runs = root / "workspace", root / "workspace" / "runs"
-    shutil.rmtree(runs)
-    runs.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(runs)], check=False).returncode:
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system in place of an empty folder, which only root may mount."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
         pytest.skip("cannot mount a tmpfs")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=False)  # where the test has not
+
+
+def test_a_full_disk(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace, runs = root / "workspace", root / "workspace" / "runs"
+    with small_disk(runs, "80k"):
         assert "No space left on device" in said(root, "train", capsys)
         subprocess.run(["mount", "-o", "remount,size=50m", str(runs)], check=True)
         run(root, "train")
         assert read_checkpoint(runs / "run" / "checkpoints" / "last.pt")["step"] == 6
         assert not [name for name, digest in contents(workspace).items() if digest == "left over"]
-    finally:
-        subprocess.run(["umount", "-l", str(runs)], check=True)
+
+
+@pytest.mark.parametrize("size", ["16k", "32k", "64k"])
+def test_a_disk_that_fills_while_latents_are_written(size: str, root: Path) -> None:
+    """They are memory-mapped, where the system ends the process that writes more than there is room for."""
+    with small_disk(root / "workspace" / "discovery", size):
+        code, error = limited(root, "discover", "pass")
+        assert (code, "Traceback" in error) == (2, False), error
+        assert "No space left on device" in error.splitlines()[-1]
+
+
+def test_a_mount_that_vanishes(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a network drive does: what is opened is not there, and what was open cannot be written any more."""
+    workspace = root / "workspace"
+    shutil.copytree(workspace / "store", root / "copy")
+    with small_disk(workspace / "store", "50m"):
+        shutil.copytree(root / "copy", workspace / "store", dirs_exist_ok=True)
+        subprocess.run(["umount", "-l", workspace / "store"], check=True)
+        assert "store" in said(root, "train", capsys)
+        assert read_json(workspace / "runs" / "run" / "run.json")["status"] == "finished"
+    shutil.copytree(root / "copy", workspace / "store", dirs_exist_ok=True)
+    shutil.rmtree(workspace / "runs")
+    whole, calls = os.fsync, 0
+
+    def stale(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        whole(descriptor)
+
+    monkeypatch.setattr("os.fsync", stale)
+    assert os.strerror(errno.ESTALE) in said(root, "train", capsys)
+    monkeypatch.undo()
+    run(root, "train")
+    assert read_json(workspace / "runs" / "run" / "run.json")["status"] == "finished"
 
 
 def test_a_read_only_folder(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

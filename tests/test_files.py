@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from genesis.engine.monitor import Monitor, read_metrics
 from genesis.errors import UserError
-from genesis.files import read_json, verify_folder, write_aside, write_folder_aside, write_json
+from genesis.files import read_json, seal, unseal, verify_folder, write_aside, write_folder_aside, write_json
 from genesis.seeding import generator, key
 from genesis.workspace import Workspace
 
@@ -64,3 +65,32 @@ def test_a_missing_run_names_those_there(tmp_path: Path) -> None:
     assert workspace.run(None, "train").name == "first"
     with pytest.raises(UserError, match="there: first"):
         workspace.run("second", "train")
+
+
+@pytest.mark.parametrize("text", [b"a: 1\nb: 2\n", b""])
+def test_every_flipped_bit_of_a_sealed_text_is_noticed(tmp_path: Path, text: bytes) -> None:
+    sealed, path = seal(text), tmp_path / "config.yaml"
+    assert unseal(path, sealed) == text
+    assert unseal(path, text) == text  # of version 0.1
+    for bit in range(8 * len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+            unseal(path, bytes(flipped))
+
+
+def test_every_flipped_bit_of_metrics_is_noticed(tmp_path: Path) -> None:
+    with Monitor(tmp_path, 0) as monitor:
+        monitor.write(1, "train", {"loss": 0.5})
+        monitor.alarm(2, "stalled", "none")
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    assert read_metrics(tmp_path, "train") == [{"step": 1, "split": "train", "loss": 0.5}]
+    path.write_bytes(whole[:-9])  # torn by a kill
+    assert read_metrics(tmp_path, "alarm") == []
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match="is damaged"):
+            read_metrics(tmp_path, "train")

@@ -1,4 +1,4 @@
-"""A name in every text field of every format, and in file and folder names, reaches no artefact."""
+"""A name in every text field of every format, in file and folder names, and the machine's, reaches no artefact."""
 
 import csv
 import json
@@ -84,7 +84,9 @@ def everything(path: Path) -> bytes:
     return content
 
 
-def test_a_planted_name_reaches_no_artefact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_name_reaches_no_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("platform.node", "socket.gethostname"):
+        monkeypatch.setattr(place, lambda: f"{NAME}-workstation")
     scans, workspace = tmp_path / f"{NAME} Zoe 1955", tmp_path / "workspace"
     write_scans(scans)
     table = scans / f"{NAME}.csv"

@@ -7,12 +7,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blobs import blobs, write_store
+from pydantic import ValidationError
 from scipy import ndimage
 
-from genesis.data.likeness import likeness, lookalikes
+from genesis.data.likeness import knows_narrow_windows, likeness, lookalikes
 from genesis.data.scans import read_scan
 from genesis.evaluation.cases import overlaps
 from genesis.weights import CohortCard, SeenVolume
+
+
+def windows(image: np.ndarray) -> list[np.ndarray]:
+    """Copies of a CT in narrow windows; in 8 bits, z-scored, or resampled besides."""
+    narrow = image.clip(-160, 240).astype(np.float32)
+    eight = np.round((narrow + 160) / 400 * 255).astype(np.uint8)
+    finer, coarser = (
+        ndimage.zoom(array.astype(np.float32), factor, order=1, grid_mode=True, mode="nearest")
+        for array, factor in ((eight, 1.5), (image, 0.7))
+    )
+    return [
+        narrow,
+        image.clip(-1000, 400),
+        image.clip(-57, 164),
+        eight,
+        (narrow - narrow.mean()) / narrow.std(),
+        (image - image.mean()) / image.std(),
+        finer,
+        coarser.clip(-160, 240),
+    ]
 
 
 def copies(image: np.ndarray) -> list[np.ndarray]:
@@ -33,7 +54,22 @@ def test_copies_are_found_and_others_are_not(shared_data: Path, cohort: str, cou
     for number, image in enumerate(images):
         assert lookalikes(seen[number], seen) == [number]
         if number < 4:
-            assert all(lookalikes(likeness(copy), seen) == [number] for copy in copies(image))
+            others = windows(image) if cohort.startswith("ct") else []
+            assert all(lookalikes(likeness(copy), seen) == [number] for copy in (*copies(image), *others))
+
+
+def test_hashes_of_version_0_1_are_compared_by_what_they_have() -> None:
+    seen = [likeness(blobs(number, (40, 36, 16))[0]) for number in range(4)]
+    earlier = [look.partition("-")[0] for look in seen]
+    assert [lookalikes(look, earlier) for look in seen] == [[0], [1], [2], [3]]
+    assert [lookalikes(look, seen) for look in earlier] == [[0], [1], [2], [3]]
+    assert not any(knows_narrow_windows(look) for look in earlier)
+
+
+@pytest.mark.parametrize("hostile", ["xyz", "abc", "ab-", "-", "../ab", "ab\n"])
+def test_hashes_that_are_none_are_refused(hostile: str) -> None:
+    with pytest.raises(ValidationError):
+        SeenVolume(volume="a", content="b", likeness=hostile)
 
 
 def test_slices_and_lines() -> None:

@@ -19,9 +19,11 @@ from dicom_files import write_series
 from genesis.cli import main
 from genesis.data import cluster, update
 from genesis.data.audit import Audit
+from genesis.data.cohort import Case
 from genesis.data.intake import Outcome, Task, take_in
-from genesis.data.store import INCOMING, Volume, VolumeStore
+from genesis.data.store import INCOMING, Modality, Volume, VolumeStore
 from genesis.errors import UserError
+from genesis.files import unseal
 from genesis.prepare import prepare
 from genesis.workspace import Workspace
 
@@ -76,8 +78,8 @@ def read_scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def rows(workspace: Workspace) -> list[dict[str, str]]:
-    with workspace.case_map.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    path = workspace.case_map
+    return list(csv.DictReader(unseal(path, path.read_bytes()).decode().splitlines()))
 
 
 def test_volumes_hold_the_scans(prepared: Prepare, workspace: Workspace, scans: Path) -> None:
@@ -125,7 +127,7 @@ def test_another_choice_reads_all_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in range(2):
-        save(tmp_path / "brats" / f"{number}.nii", np.stack([ct(2 * number), ct(2 * number + 1)], -1))
+        save(tmp_path / "brats" / f"{number}.nii", 2000 + np.stack([ct(2 * number), ct(2 * number + 1)], -1))
     with pytest.raises(UserError, match="None of the 2 scans"):
         prepared(tmp_path / "brats", modality="mr")
     assert "choose with --channels" in capsys.readouterr().out
@@ -250,18 +252,45 @@ class _Belongs:
 
 def test_scans_that_do_not_go_together(prepared: Prepare, workspace: Workspace, scans: Path) -> None:
     save(scans / "two.nii", np.stack([ct(1), ct(2)], -1))
-    rows8 = np.random.default_rng(0).integers(0, 255, (20, 20)).astype(np.uint8)
-    sitk.WriteImage(sitk.GetImageFromArray(rows8), str(scans / "preview.png"))
+    rows = np.random.default_rng(0).integers(0, 2000, (20, 20)).astype(np.uint16)
+    sitk.WriteImage(sitk.GetImageFromArray(rows), str(scans / "preview.png"))
     save(scans / "mask.nii", (ct(0) > -500).astype(np.uint8))
-    audit = prepared(modality="mr", channels="all")
+    audit = prepared(modality="ct", channels="all")
     assert sorted(audit.quarantined.values()) == [
         "2 channels, where most scans have 1",
         "a picture among other scans (a preview?)",
         "only 2 different values: a label map or a mask, not a scan",
     ]
     assert audit.volumes == 3
-    assert set(audit.notes.values()) == {f"values down to {ct(n).min()}: is this an MR, not a CT?" for n in range(3)}
-    assert "not Hounsfield units" in " ".join(prepared(modality="ct", channels="all").quarantined.values())
+    assert audit.notes == {}
+
+
+def quarantine_of(path: Path, modality: Modality, folder: Path) -> str:
+    return take_in(Task(Case((path,), "a", "a"), modality, None, "train", folder, b"key")).reason
+
+
+def test_a_wrong_modality_is_noticed_by_the_values(tmp_path: Path) -> None:
+    """Those of a file that does not say what made it."""
+    air = save(tmp_path / "ct.nii", ct(0))
+    phase = save(tmp_path / "mr.nii", np.random.default_rng(0).integers(-4096, 4095, (20, 18, 12)).astype(np.int16))
+    bright = save(tmp_path / "bright.nii", 20 * (ct(0) + 1010))
+    assert quarantine_of(air, "mr", tmp_path).endswith("is it one? --modality ct")
+    assert quarantine_of(bright, "ct", tmp_path).endswith("is it an MR? --modality mr")
+    assert [quarantine_of(air, "ct", tmp_path), quarantine_of(phase, "mr", tmp_path)] == ["", ""]
+    assert take_in(
+        Task(Case((save(tmp_path / "m.nii", ct(0) + 1010),), "a", "a"), "ct", None, "train", tmp_path, b"")
+    ).notes
+
+
+def test_no_real_scan_is_taken_for_another_modality(shared_data: Path, tmp_path: Path) -> None:
+    names: dict[Modality, tuple[str, ...]] = {
+        "ct": ("ct_body/*.nii.gz", "ct_headneck/imagesTr/*_1*.nii.gz", "awkward/CT*.mha"),
+        "mr": ("mr_hippocampus/imagesTr/*_00*.nii.gz", "awkward/MR*.nii.gz"),
+    }
+    for modality, patterns in names.items():
+        for path in [path for pattern in patterns for path in sorted(shared_data.glob(pattern))[:3]]:
+            assert "modality" not in quarantine_of(path, modality, tmp_path)
+            assert modality == "mr" or "is it one? --modality ct" in quarantine_of(path, "mr", tmp_path)
 
 
 def test_pictures_alone_are_a_cohort(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
@@ -415,7 +444,8 @@ def test_neither_the_verb_nor_its_workers_import_torch() -> None:
 def test_every_awkward_file_is_stored_or_named(shared_data: Path, workspace: Workspace) -> None:
     audit = prepare(shared_data / "awkward", workspace.store, workspace, modality="mr", workers=0)
     assert audit.volumes + len(audit.quarantined) == 24
-    assert audit.volumes == 8  # seven of the eight orientations, and the NRRD of the FLAIR, are the same scan again
+    assert audit.volumes == 7  # seven of the eight orientations, and the NRRD of the FLAIR, are the same scan again
+    assert sum("as air is in a CT" in text for text in audit.quarantined.values()) == 1
     assert sum("same voxels" in text for text in audit.quarantined.values()) == 8
 
 

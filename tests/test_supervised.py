@@ -211,3 +211,23 @@ def test_a_large_body_is_shrunk_into_the_patch_and_a_small_one_is_not_enlarged(s
         assert (image[0, 0, 0] == 0) == corner
         inside = (image > 0.05).float().mean()
         assert inside > 0.5 if not corner else inside == pytest.approx(20 * 18 * 16 / 64**3, rel=0.3)
+
+
+def test_a_network_that_predicts_background_only_has_collapsed() -> None:
+    backbone = build_backbone(
+        "unet", spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,), num_res_units=0
+    )
+    method = Segmentation(backbone, ["liver"], background_weight=0.1, patch_size=(16, 16, 16)).eval()
+    label = torch.zeros(1, 16, 16, 16, dtype=torch.int64)
+    label[:, 4:12, 4:12, 4:12] = 1
+    batch = {"image": label[:, None].float(), "label": label, "key": torch.zeros(1, dtype=torch.int64)}
+    with torch.no_grad():
+        for weight in method.parameters():
+            weight.zero_()
+    (message,) = method.collapsed(method.validate([batch]))  # of equal classes the first, the background
+    assert "no voxel of any class" in message
+    with torch.no_grad():
+        for weight in method.parameters():
+            if weight.shape == (2,):  # the output layer's bias
+                weight[1] = 1.0
+    assert method.collapsed(method.validate([batch])) == []

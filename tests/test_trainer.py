@@ -120,7 +120,7 @@ def test_it_learns_and_writes_a_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if row["split"] == "val"] == [25, 50, 75, 100]
     assert [row["step"] for row in rows if row["split"] == "train"] == [10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]
-    assert set(rows[0]) == {"step", "split", "loss", "mse", "bias", "learning_rate"}
+    assert set(rows[0]) == {"step", "split", "loss", "mse", "bias", "learning_rate", "crc"}
     assert read_metrics(tmp_path, "val")[-1]["loss"] == result.best_loss
     assert list((tmp_path / "tensorboard").iterdir())
     best = read_checkpoint(tmp_path / "checkpoints" / "best.pt")

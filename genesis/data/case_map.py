@@ -1,14 +1,16 @@
 """The local table that leads from hashed ids back to files and patients, and tells what is new or changed.
 
-It is the only place where names are kept: readable by its owner alone, and part of no artefact.
+It is the only place where names are kept: readable by its owner alone, and part of no artefact. Its last line is a
+checksum.
 """
 
 import csv
+import io
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import write_aside
+from ..files import seal, unseal, write_aside
 from .cohort import Split
 
 
@@ -49,19 +51,20 @@ class CaseMap:
 
     def write(self) -> None:
         """Write the table, readable by its owner alone."""
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in (*self._others, *self.rows.values()))
         with write_aside(self.path, mode=0o600) as aside:
             aside.touch(mode=0o600)
-            with aside.open("w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
-                writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
-                writer.writeheader()
-                writer.writerows(asdict(row) for row in (*self._others, *self.rows.values()))
+            aside.write_bytes(seal(table.getvalue().encode("utf-8", "surrogatepass")))
 
 
 def _read(path: Path) -> list[Row]:
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as stream:
-            return [_row(record) for record in csv.DictReader(stream)]
-    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        text = unseal(path, path.read_bytes()).decode("utf-8", "surrogatepass")
+        return [_row(record) for record in csv.DictReader(io.StringIO(text, newline=""))]
+    except (UserError, KeyError, TypeError, ValueError, csv.Error):
         raise UserError(
             f"{path} is damaged; delete it and run the same command again, which reads all scans anew."
         ) from None

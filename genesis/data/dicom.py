@@ -4,7 +4,8 @@ together here, because ITK gives a series of uneven or tilted slices one spacing
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .formats import LPS_TO_RAS, Quarantine, Raw, check_file, check_size, grey, 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the spacing: how far a slice may lie from where an even spacing puts it
 TILT = 0.01  # largest cosine between the slices' plane and the way from slice to slice; 0.6°
+ROOM = 2**29  # bytes that reading a header, or decoding a slice, may take besides what the file suggests
 NOT_A_NAME = {"", "0", "anon", "anonymous", "anonymized", "anonymised", "none", "removed", "unknown"}
 
 
@@ -127,8 +129,9 @@ class _Header:
         self._reader.SetImageIO("GDCMImageIO")
         self._reader.SetFileName(str(file))
         try:
-            self._reader.ReadImageInformation()
-        except RuntimeError:
+            with _limited_memory(4 * file.stat().st_size):
+                self._reader.ReadImageInformation()
+        except (RuntimeError, MemoryError):
             raise Quarantine(
                 "a damaged DICOM file, or one without an image (a plan, a report, a contour set)"
             ) from None
@@ -156,10 +159,29 @@ class _Header:
     def pixels(self) -> np.ndarray:
         """(rows, columns), rescaled once: SimpleITK does it while reading."""
         try:
-            array = simple_itk().GetArrayFromImage(self._reader.Execute())
-        except RuntimeError:
+            with _limited_memory(64 * math.prod(self.size)):
+                array = simple_itk().GetArrayFromImage(self._reader.Execute())
+        except (RuntimeError, MemoryError):
             raise Quarantine(
                 "a slice of the DICOM series is damaged, or compressed in a way that is not read"
             ) from None
         array = grey(array.squeeze(0) if array.shape[0] == 1 else array)
         return smallest(array) if array.dtype.kind in "iu" else rescaled(array, 1, 0)
+
+
+@contextmanager
+def _limited_memory(expected: int) -> Iterator[None]:
+    """GDCM takes the memory, GB for a damaged byte, that an element announces before it looks for it in the file."""
+    status = Path("/proc/self/statm")
+    if not status.exists():  # not on Linux
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(status.read_text().split()[0]) * resource.getpagesize() + expected + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit if before[0] == -1 else min(limit, before[0]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -19,6 +19,9 @@ AIR_HU, TISSUE_HU = (
     -1500.0,
     -400.0,
 )  # with the intercept applied twice, air is below the one, and tissue below the other
+FAT_HU = -200.0  # nothing in the body but air and lungs is below
+AIR_OF_CT = (-1100.0, -800.0)  # a CT has a peak there, which no MR has; phase images of one spread over all values
+DENSEST_HU = 5000.0  # enamel has 3000; metal is rare
 CHANGED = "it changed, or vanished, while it was read; run the same command again"
 DEVICES = {  # DICOM's codes of what is surely one modality, or none of ours
     "CT": "ct", "MR": "mr", "CR": "xray", "DX": "xray", "RG": "xray", "MG": "xray",
@@ -105,11 +108,18 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
         raise Quarantine(
             f"99 % of its values are below {dense:.0f} HU, so nothing in it is tissue; was the intercept applied twice?"
         )
-    if modality == "ct" and low >= 0:
-        if high <= 255:
+    if modality == "ct" and (dense := float(np.percentile(sample, 99))) > DENSEST_HU:
+        raise Quarantine(
+            f"1 % of its values are above {dense:.0f}, which is denser than bone; is it an MR? --modality mr"
+        )
+    if modality == "ct" and low > FAT_HU:
+        if low >= 0 and high <= 255:
             raise Quarantine(f"values from {low:g} to {high:g} are not Hounsfield units (a picture or a label map?)")
-        return (f"no value below 0 (from {low:g} to {high:g}): are these Hounsfield units?",)
-    if modality == "mr" and low <= -900:
+        return (f"no value below {low:g} (up to {high:g}), so no air nor lung: are these Hounsfield units?",)
+    if modality == "mr" and low <= AIR_OF_CT[1]:
+        air = float(((sample >= AIR_OF_CT[0]) & (sample <= AIR_OF_CT[1])).mean())
+        if air > 0.2:
+            raise Quarantine(f"{air:.0%} of its values are around -1000, as air is in a CT; is it one? --modality ct")
         return (f"values down to {low:g}: is this an MR, not a CT?",)
     return ()
 

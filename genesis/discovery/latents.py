@@ -1,5 +1,6 @@
 """Latents: an autoencoder of whole volumes, so that patients who look alike have latents that lie close together."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Shrunken(Dataset[Sample]):
 def shrink(volumes: WholeVolumes, file: Path, advance: Callable[[], None]) -> Shrunken:
     """Resize volumes or slices, at least one, into a file; `advance` is called after each."""
     first = volumes[0]["image"]
-    images = np.lib.format.open_memmap(file, "w+", np.float16, (len(volumes), *first.shape))
+    images = _memory_mapped(file, np.float16, (len(volumes), *first.shape))
     for index in range(len(volumes)):
         images[index] = volumes[index]["image"].numpy()
         advance()
@@ -132,9 +133,7 @@ def encode_cohort(
     gather(fabric, lambda: np.save(temporary / f"latents.{fabric.global_rank}.npy", latents))
     if fabric.is_global_zero:
         files = [np.load(temporary / f"latents.{rank}.npy", mmap_mode="r") for rank in range(fabric.world_size)]
-        everyones = np.lib.format.open_memmap(
-            folder / "latents.npy", "w+", np.float32, (len(metas), *latents.shape[1:])
-        )
+        everyones = _memory_mapped(folder / "latents.npy", np.float32, (len(metas), *latents.shape[1:]))
         np.concatenate(files, out=everyones)
         everyones.flush()
         shutil.rmtree(temporary)
@@ -153,6 +152,15 @@ def encode(
         for batch in DataLoader(images, batch_size=batch_size)
     ]
     return torch.cat(latents).numpy()
+
+
+def _memory_mapped(file: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new array on the disk, whose room is taken at once: where it is lacking later, the system ends the process."""
+    array = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):  # not everywhere
+        with file.open("r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def _heights(metas: Sequence[VolumeMeta], heights: Sequence[float]) -> Sequence[float]:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import sys
+import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +22,8 @@ from ..files import write_aside
 class Monitor:
     """Appends rows `{"step", "split": "train" | "val", …}` to `metrics.jsonl`; figures that are not finite are null.
 
-    An alarm is the row `{"step", "split": "alarm", "kind", "message"}`.
+    An alarm is the row `{"step", "split": "alarm", "kind", "message"}`. The last entry of a row, "crc", is the checksum
+    of what stands before it.
 
     step: from which the run goes on; rows of later steps, whose work was lost, are dropped.
     active: False in all processes but the first; then nothing is written.
@@ -28,21 +32,18 @@ class Monitor:
     def __init__(self, folder: Path, step: int, active: bool = True) -> None:
         self._active = active
         if active:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
             path = folder / "metrics.jsonl"
             kept = [line for row, line in _rows(path) if row["step"] <= step] if step else []
             with write_aside(path) as aside:
-                aside.write_text("".join(kept), encoding="utf-8")
+                aside.write_bytes(b"".join(kept))
             self._stream = path.open("a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._events = _Events(folder / "tensorboard", step + 1)
 
     def write(self, step: int, split: str, figures: Mapping[str, float]) -> None:
         if self._active:
             values = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             self._append({"step": step, "split": split, **values})
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(f"{name}/{split}", value, step)
+            self._events.write(step, {f"{name}/{split}": value for name, value in figures.items()})
 
     def alarm(self, step: int, kind: str, message: str) -> None:
         """Say what goes wrong, on standard error too."""
@@ -51,7 +52,7 @@ class Monitor:
             self._append({"step": step, "split": "alarm", "kind": kind, "message": message})
 
     def _append(self, row: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.write(_sealed(json.dumps(row, allow_nan=False).removesuffix("}").encode()).decode() + "\n")
         self._stream.flush()
 
     def __enter__(self) -> Self:
@@ -60,7 +61,37 @@ class Monitor:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._active:
             self._stream.close()
-            self._tensorboard.close()
+            self._events.close()
+
+
+class _Events:
+    """Scalars for TensorBoard, whose own writer would put the machine's name into the file's.
+
+    first: step from which on those of earlier files, whose work was lost, are not shown.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # heavy to import
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = (folder / f"events.out.tfevents.{time.time_ns()}").open("wb")
+        self._records = RecordWriter(self._stream)
+        self._append(file_version="brain.Event:2")
+        self._append(step=first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._append(step=step, summary=self._summary(value=scalars))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _append(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
 
 
 def read_metrics(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -89,16 +120,29 @@ class RunningMean:
         return self.sum / self.count
 
 
-def _rows(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Rows and their lines; the torn last line of a killed run is dropped."""
-    rows: list[tuple[dict[str, Any], str]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-                rows.append(({**row, "step": int(row["step"]), "split": str(row["split"])}, line))
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{path}, line {len(rows) + 1} is damaged; delete the line to go on.") from None
+def _sealed(entries: bytes) -> bytes:
+    """A row of which the closing brace is missing, with its checksum."""
+    return b'%b, "crc": "%08x"}' % (entries, zlib.crc32(entries))
+
+
+def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Rows without their checksums, which those of version 0.1 lack, and their lines.
+
+    The torn last line of a killed run is dropped.
+    """
+    rows: list[tuple[dict[str, Any], bytes]] = []
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if re.search(rb'"crc": "[0-9a-f]{8}"\}.', torn):  # whole, but for its end
+        lines.append(torn)
+    for line in lines:
+        try:
+            row = json.loads(line)
+            name, seal = list(row.items())[-1]
+            if name == "crc" or (isinstance(seal, str) and re.fullmatch("[0-9a-f]{8}", seal)):  # one may be damaged
+                del row[name]
+                if line != _sealed(line[: line.rindex(b",")]):
+                    raise ValueError("another checksum")
+            rows.append(({**row, "step": int(row["step"]), "split": str(row["split"])}, line + b"\n"))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            raise UserError(f"{path}, line {len(rows) + 1} is damaged; delete the line to go on.") from None
     return rows

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import torch
 
-from ..data.likeness import lookalikes
+from ..data.likeness import knows_narrow_windows, lookalikes
 from ..data.store import VolumeMeta, VolumeStore
 from ..errors import UserError
 from ..seeding import generator, key
@@ -115,6 +115,12 @@ def report_cases(
             )
         print(f"WARNING: {found}; the results are too good:\n{listed}")
         return overlap
+    looks = [look for look in (*(one.likeness for one in seen.seen), *(m.likeness for m in splits.test)) if look]
+    if seen.seen and (older := sum(not knows_narrow_windows(look) for look in looks)):
+        print(
+            f"{older} of {len(looks)} volumes have hashes of an earlier version, by which a copy in a narrow window, "
+            "such as -160 to 240 HU, is not recognised; a store and a package made anew have others."
+        )
     unlike = f"None of the {len(splits.test)} test cases looks like one of the {len(seen.seen)} volumes of pretraining"
     patients = {meta.patient for meta in splits.test}
     if seen.patients and seen.key == id_key_hash:

@@ -68,6 +68,10 @@ class Segmentation(Method):
         dice = by_class(self.names, torch.stack(cases).nanmean(dim=0))
         return {"loss": 1 - dice.get("mean", 0.0), **{f"dice/{name}": value for name, value in dice.items()}}
 
+    def collapsed(self, figures: dict[str, float]) -> list[str]:
+        """Background alone, or as good as that."""
+        return ["no voxel of any class is found in the validation cases"] if figures.get("dice/mean") == 0 else []
+
 
 class Classification(Method):
     """Cross-entropy on a linear head over the pooled bottleneck; the decoder takes no part."""

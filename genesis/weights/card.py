@@ -59,7 +59,7 @@ class SeenVolume(_Section):
 
     volume: str  # its id, by the cohort's key
     content: str
-    likeness: str
+    likeness: str = Field(pattern=r"^([0-9a-f]{2})*(-([0-9a-f]{2})+)*$")
 
     @classmethod
     def of(cls, metas: Iterable["VolumeMeta"]) -> tuple["SeenVolume", ...]:
