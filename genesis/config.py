@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -161,7 +161,38 @@ class ViewMethodConfig(_Section):
         return "views"
 
 
-MethodConfig = RestorationConfig
+class ContrastConfig(_Section):
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat
+    virtual_batch: PositiveInt | None = (
+        None  # samples per step that the loss sees; train.batch_size are encoded at once
+    )
+
+
+class ContrastiveConfig(ViewMethodConfig):
+    """What SimCLR and MoCo v2 have in common."""
+
+    contrast: ContrastConfig
+
+    @model_validator(mode="after")
+    def _compares_two_views(self) -> "ContrastiveConfig":
+        if self.views.global_views != 2 or self.views.local_views:
+            raise ValueError("two views are compared: views.global_views must be 2 and views.local_views 0")
+        return self
+
+
+class SimCLRConfig(ContrastiveConfig):
+    name: Literal["simclr"]
+
+
+class MoCoV2Config(ContrastiveConfig):
+    name: Literal["moco_v2"]
+    queue: PositiveInt  # older keys, the negatives
+    momentum: float = Field(ge=0, lt=1)  # of the teacher
+
+
+MethodConfig = Annotated[RestorationConfig | SimCLRConfig | MoCoV2Config, Field(discriminator="name")]
 
 
 class OptimizerConfig(_Section):
@@ -218,6 +249,30 @@ class Config(_Section):
     method: MethodConfig
     train: TrainConfig
     finetune: FinetuneConfig
+
+    @property
+    def samples_per_step(self) -> int:
+        """Over all ranks."""
+        contrast = self.method.contrast if isinstance(self.method, ContrastiveConfig) else None
+        return (contrast and contrast.virtual_batch) or self.train.batch_size
+
+    @model_validator(mode="after")
+    def _samples_are_compared(self) -> "Config":
+        if not isinstance(self.method, ContrastiveConfig):
+            return self
+        parts, batch, samples = self.train.accumulate, self.train.batch_size, self.samples_per_step
+        if parts > 1:
+            raise ValueError(
+                f"train.accumulate is {parts}, but {self.method.name} compares the samples of a step: set it to 1, "
+                f"train.batch_size to what fits and method.contrast.virtual_batch to the samples of a step, now {batch}"
+            )
+        if samples % batch:
+            raise ValueError(
+                f"method.contrast.virtual_batch is {samples}: it must be a multiple of train.batch_size, {batch}"
+            )
+        if self.method.name == "simclr" and samples < 2:
+            raise ValueError("simclr compares the samples of a step: train.batch_size must be at least 2")
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
@@ -334,10 +389,15 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
+             "model_attributes_type": "is a section, not a value"}  # fmt: skip
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
@@ -346,13 +406,21 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
+    kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
     place = []
     for part in location:
         if isinstance(part, int):
             place.append(str(part))
+        elif part in kinds:
+            section, kinds = kinds[part], {}
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
+            sections = [
+                one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
+            if len(sections) == 1:
+                section = sections[0]
+            elif sections:
+                kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
     return section, place

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import Config, RestorationConfig, ViewMethodConfig
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import Config, ContrastiveConfig, MoCoV2Config, RestorationConfig, ViewMethodConfig
 from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
+from ..errors import UserError
 from ..models import Backbone
 from ..transforms import Corruption, IntensityRange, MultiCrop
+from .moco_v2 import MoCoV2
 from .semantic_genesis import SemanticGenesis
+from .simclr import SimCLR
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,21 @@ def _views(config: Config) -> MultiCrop:
     )
 
 
+def _contrastive(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, ContrastiveConfig)
+    parts = config.samples_per_step // config.train.batch_size
+    if parts > 1 and any(isinstance(part, _BatchNorm) for part in backbone.encoder.modules()):
+        raise UserError(
+            f"method.contrast.virtual_batch: the network {config.network.name} has batch norm, which in "
+            "parts of a batch differs from that of the whole; use network.name=unet, or leave virtual_batch out."
+        )
+    how = {**settings.contrast.model_dump(exclude={"virtual_batch"}), "parts": parts}
+    if isinstance(settings, MoCoV2Config):
+        return MoCoV2(backbone, _views(config), queue=settings.queue, momentum=settings.momentum, **how)
+    return SimCLR(backbone, _views(config), **how)
+
+
 METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "semantic_genesis": _restoration,
     "models_genesis": _restoration,
@@ -55,4 +75,6 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "patch_shuffling": _restoration,
     "autoencoder": _restoration,
     "classification_only": _restoration,
+    "simclr": _contrastive,
+    "moco_v2": _contrastive,
 }
