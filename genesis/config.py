@@ -1,6 +1,7 @@
 """Typed configs: one YAML file per method and dimension, validated; `load_config(name, overrides)`."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from .errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -135,7 +137,100 @@ class GLoRIAConfig(_Section):
 
 
 ImageTextConfig = ConVIRTConfig | GLoRIAConfig
-MethodConfig = Annotated[RestorationConfig | ConVIRTConfig | GLoRIAConfig, Field(discriminator="name")]
+
+
+class IntensityConfig(_Section):
+    """How far a view's intensities may change; see `IntensityRange`."""
+
+    gamma: NonNegative  # exponent from exp(-gamma) to exp(gamma)
+    gain: NonNegative  # factor 1 ± gain
+    offset: NonNegative  # ± of the range [0, 1]
+    field: NonNegative  # smooth factor from exp(-field) to exp(field), as of an MR coil
+    noise: NonNegative  # largest standard deviation
+    blur: NonNegative  # largest standard deviation, voxels
+
+
+class IntensitiesConfig(_Section):
+    """By modality."""
+
+    ct: IntensityConfig
+    mr: IntensityConfig
+    xray: IntensityConfig
+
+
+class ViewsConfig(_Section):
+    """What views of a patch a method compares; global ones have the size data.patch_size. See `MultiCrop`."""
+
+    source: float = Field(ge=1)  # sides of the region that views are cut from, in sides of a patch
+    global_views: int = Field(ge=2)
+    local_views: int = Field(default=0, ge=0)
+    local_size: tuple[PositiveInt, ...] | None = None  # voxels
+    global_scale: tuple[Share, Share]  # of the region's volume (2D: area)
+    local_scale: tuple[Share, Share] | None = None
+    min_overlap: Share  # that a global view has in common with the first one
+    aspect: float = Field(ge=1)  # largest ratio of a view's sides
+    rotation_degrees: float = Field(ge=0, le=180)  # to either side, in the axial plane
+    flip: tuple[Literal["x", "y", "z"], ...]  # axes along which half of the views are mirrored; x is left to right
+    intensity: IntensitiesConfig
+
+    def region(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+        """Voxels per side of the region that views are cut from, at a patch's voxel size."""
+        return tuple(math.ceil(round(self.source * side, 6)) for side in patch_size)
+
+    @model_validator(mode="after")
+    def _views_are_complete(self) -> "ViewsConfig":
+        if self.local_views and (self.local_size is None or self.local_scale is None):
+            raise ValueError("local views need local_size and local_scale")
+        for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
+            if scale and not 0 < scale[0] <= scale[1]:
+                raise ValueError(f"{name} {list(scale)} must be [lower, upper], both above 0")
+        return self
+
+
+class ViewMethodConfig(_Section):
+    """What methods that compare views of patches have in common."""
+
+    views: ViewsConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "views"
+
+
+class ContrastConfig(_Section):
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat
+    virtual_batch: PositiveInt | None = (
+        None  # samples per step that the loss sees; train.batch_size are encoded at once
+    )
+
+
+class ContrastiveConfig(ViewMethodConfig):
+    """What SimCLR and MoCo v2 have in common."""
+
+    contrast: ContrastConfig
+
+    @model_validator(mode="after")
+    def _compares_two_views(self) -> "ContrastiveConfig":
+        if self.views.global_views != 2 or self.views.local_views:
+            raise ValueError("two views are compared: views.global_views must be 2 and views.local_views 0")
+        return self
+
+
+class SimCLRConfig(ContrastiveConfig):
+    name: Literal["simclr"]
+
+
+class MoCoV2Config(ContrastiveConfig):
+    name: Literal["moco_v2"]
+    queue: PositiveInt  # older keys, the negatives
+    momentum: float = Field(ge=0, lt=1)  # of the teacher
+
+
+MethodConfig = Annotated[
+    RestorationConfig | SimCLRConfig | MoCoV2Config | ConVIRTConfig | GLoRIAConfig, Field(discriminator="name")
+]
 
 
 class OptimizerConfig(_Section):
@@ -193,10 +288,38 @@ class Config(_Section):
     train: TrainConfig
     finetune: FinetuneConfig
 
+    @property
+    def samples_per_step(self) -> int:
+        """Over all ranks."""
+        contrast = self.method.contrast if isinstance(self.method, ContrastiveConfig) else None
+        return (contrast and contrast.virtual_batch) or self.train.batch_size
+
+    @model_validator(mode="after")
+    def _samples_are_compared(self) -> "Config":
+        if not isinstance(self.method, ContrastiveConfig):
+            return self
+        parts, batch, samples = self.train.accumulate, self.train.batch_size, self.samples_per_step
+        if parts > 1:
+            raise ValueError(
+                f"train.accumulate is {parts}, but {self.method.name} compares the samples of a step: set it to 1, "
+                f"train.batch_size to what fits and method.contrast.virtual_batch to the samples of a step, now {batch}"
+            )
+        if samples % batch:
+            raise ValueError(
+                f"method.contrast.virtual_batch is {samples}: it must be a multiple of train.batch_size, {batch}"
+            )
+        if self.method.name == "simclr" and samples < 2:
+            raise ValueError("simclr compares the samples of a step: train.batch_size must be at least 2")
+        return self
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
+        views = self.method.views if isinstance(self.method, ViewMethodConfig) else None
+        if views and self.spatial_dims == 2 and "z" in views.flip:
+            raise ValueError("method.views.flip has z; a 2D config has x and y")
         for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
                            ("discovery.autoencoder.shape", self.discovery and self.discovery.autoencoder.shape),
+                           ("method.views.local_size", views and views.local_size),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
                 raise ValueError(
@@ -318,16 +441,17 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(unknown, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
-    if first["type"] == "union_tag_invalid":
-        return f"{'.'.join(place)}.name: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}."
-    if first["type"] == "union_tag_not_found":
-        return f"{'.'.join(place)}.name is missing."
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
+             "model_attributes_type": "is a section, not a value"}  # fmt: skip
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
@@ -336,7 +460,7 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
-    kinds: dict[int | str, type[BaseModel]] = {}  # of a section that has several, by its name
+    kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
     place = []
     for part in location:
         if isinstance(part, int):
@@ -346,14 +470,11 @@ def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
-            kinds = {tag: one for one in get_args(inner) for tag in _tags(one)}
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
+            sections = [
+                one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
+            if len(sections) == 1:
+                section = sections[0]
+            elif sections:
+                kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
     return section, place
-
-
-def _tags(kind: Any) -> tuple[str, ...]:
-    """The names that a kind of section goes by."""
-    if not (isinstance(kind, type) and issubclass(kind, BaseModel) and "name" in kind.model_fields):
-        return ()
-    return get_args(kind.model_fields["name"].annotation)

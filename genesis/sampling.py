@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
-from .config import ConVIRTConfig, GLoRIAConfig
+from .config import ConVIRTConfig, GLoRIAConfig, ViewMethodConfig
 from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .data.samplers import HeldOutPatches, Patches, PseudoLabelPatches, RandomPatches, Sample, ValidationPatches
 from .runs import Run
@@ -91,8 +91,9 @@ def _studies(run: Run, text: TextModel) -> tuple[StudySamples, Subset[Sample] | 
 
 
 def _how(run: Run) -> dict[str, Any]:
+    size, method = run.config.data.patch_size, run.config.method
     return {
-        "patch_size": run.config.data.patch_size,
+        "patch_size": method.views.region(size) if isinstance(method, ViewMethodConfig) else size,
         "spacing_mm": run.material.spacing_mm,
         "window_hu": run.config.data.window_hu,
         "seed": run.record["seed"],

@@ -5,6 +5,7 @@ from .backbone import Backbone
 from .build import build_backbone, build_described, wrap
 from .flexible_unet import FlexibleUNetBackbone
 from .heads import ClassificationHead, Classifier, RestorationCalibration
+from .projection import ProjectionHead
 from .published_unet import PublishedUNet, PublishedUNetBackbone
 from .unet import UNetBackbone
 
@@ -14,6 +15,7 @@ __all__ = [
     "ClassificationHead",
     "Classifier",
     "FlexibleUNetBackbone",
+    "ProjectionHead",
     "PublishedUNet",
     "PublishedUNetBackbone",
     "RestorationCalibration",

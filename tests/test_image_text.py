@@ -282,7 +282,7 @@ def test_what_a_user_is_told(workspace: Path, capsys: pytest.CaptureFixture[str]
     assert "method.text.lenght; did you mean length?" in refused(
         capsys, workspace, *convirt, "--set", "method.text.lenght=3"
     )
-    assert "method.name: 'x' is none of" in refused(capsys, workspace, *convirt, "--set", "method.name=x")
+    assert "method.name: expected" in refused(capsys, workspace, *convirt, "--set", "method.name=x")
     assert "takes at most" not in refused(capsys, workspace, *convirt, "--set", "train.batch_size=8")
     train(workspace, *convirt, "--steps", "1")
     reports = read_reports(workspace / "store")

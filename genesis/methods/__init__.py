@@ -3,17 +3,30 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import Config, ConVIRTConfig, GLoRIAConfig, ImageTextConfig, RestorationConfig
-from ..data.store import Modality
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import (
+    Config,
+    ContrastiveConfig,
+    ConVIRTConfig,
+    GLoRIAConfig,
+    ImageTextConfig,
+    MoCoV2Config,
+    RestorationConfig,
+    ViewMethodConfig,
+)
+from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
 from ..errors import UserError
 from ..models import Backbone
 from ..text.encoders import TextModel
-from ..transforms import Corruption
+from ..transforms import Corruption, IntensityRange, MultiCrop
 from .convirt import ConVIRT
 from .gloria import GLoRIA
 from .image_text import ImageTextMethod
+from .moco_v2 import MoCoV2
 from .semantic_genesis import SemanticGenesis
+from .simclr import SimCLR
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,32 @@ def _image_text(config: Config, backbone: Backbone, facts: Facts) -> Method:
     return image_text_method(config.method, backbone, facts.text, config.data.patch_size)
 
 
+def _views(config: Config) -> MultiCrop:
+    assert isinstance(config.method, ViewMethodConfig)
+    settings = config.method.views
+    ranges = (getattr(settings.intensity, modality) for modality in MODALITIES)
+    return MultiCrop(
+        config.data.patch_size,
+        **settings.model_dump(exclude={"source", "intensity"}),
+        intensity=tuple(IntensityRange(**each.model_dump()) for each in ranges),
+    )
+
+
+def _contrastive(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, ContrastiveConfig)
+    parts = config.samples_per_step // config.train.batch_size
+    if parts > 1 and any(isinstance(part, _BatchNorm) for part in backbone.encoder.modules()):
+        raise UserError(
+            f"method.contrast.virtual_batch: the network {config.network.name} has batch norm, which in "
+            "parts of a batch differs from that of the whole; use network.name=unet, or leave virtual_batch out."
+        )
+    how = {**settings.contrast.model_dump(exclude={"virtual_batch"}), "parts": parts}
+    if isinstance(settings, MoCoV2Config):
+        return MoCoV2(backbone, _views(config), queue=settings.queue, momentum=settings.momentum, **how)
+    return SimCLR(backbone, _views(config), **how)
+
+
 METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "semantic_genesis": _restoration,
     "models_genesis": _restoration,
@@ -78,4 +117,6 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "classification_only": _restoration,
     "convirt": _image_text,
     "gloria": _image_text,
+    "simclr": _contrastive,
+    "moco_v2": _contrastive,
 }

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from ..engine.gathering import gathered
 from ..engine.method import Batch, Method
-from ..evaluation.probes import effective_rank
+from ..evaluation.probes import alignment, effective_rank, uniformity
 from ..models import Backbone
 from ..text.encoders import TextModel
 
@@ -53,13 +54,17 @@ class ImageTextMethod(Method):
         """Of each image with each text, in [-1, 1]; what retrieval and zero-shot classification sort by."""
         raise NotImplementedError
 
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Those of all processes while training; the first alone validates."""
+        return gathered(rows)[0] if self.training else rows
+
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Losses within batches, and how well texts and images of all held-out studies find each other.
 
         text_to_image, image_to_text: share of texts (images) that have an image (text) of the same report among the
-        five most similar; chance: what sorting at random gives. alignment: mean cosine similarity of pairs;
-        uniformity: log mean exp(-2 d²) of the images' embeddings (Wang & Isola, 2020; 0 when they have collapsed);
+        five most similar; chance: what sorting at random gives. alignment: mean squared distance of
+        pairs; uniformity: of the images' embeddings, 0 when they have collapsed;
         effective_rank of both sides' embeddings, unless there are fewer than four.
         """
         sums: defaultdict[str, float] = defaultdict(float)
@@ -82,8 +87,8 @@ class ImageTextMethod(Method):
             "text_to_image": _found(cosine.T, positive),
             "image_to_text": _found(cosine, positive),
             "chance": _chance(positive),
-            "alignment": float(cosine.diagonal().mean()),
-            "uniformity": _uniformity(image),
+            "alignment": float(alignment(image, text)),
+            "uniformity": float(uniformity(image)),
             **(ranks if len(image) >= FEW else {}),
         }
 
@@ -127,9 +132,3 @@ def _chance(positive: Tensor, among: int = 5) -> float:
     drawn = torch.arange(min(among, total), device=positive.device)
     missed = ((total - right[:, None] - drawn).clamp(min=0) / (total - drawn)).prod(dim=1)
     return float(1 - missed.mean())
-
-
-def _uniformity(unit: Tensor) -> float:
-    if len(unit) < 2:
-        return 0.0
-    return float(torch.pdist(unit).square().mul(-2).exp().mean().log())
