@@ -4,11 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..config import (
     Config,
+    ContrastiveConfig,
     ConVIRTConfig,
     GLoRIAConfig,
     ImageTextConfig,
+    MoCoV2Config,
     OnlineClusteringConfig,
     RestorationConfig,
     SwavConfig,
@@ -23,8 +27,10 @@ from ..transforms import Corruption, EnergyBands, IntensityRange, MultiCrop
 from .convirt import ConVIRT
 from .gloria import GLoRIA
 from .image_text import ImageTextMethod
+from .moco_v2 import MoCoV2
 from .online_clustering import OnlineClustering
 from .semantic_genesis import SemanticGenesis
+from .simclr import SimCLR
 from .swav import SwAV
 
 
@@ -139,6 +145,21 @@ def _image_text(config: Config, backbone: Backbone, facts: Facts) -> Method:
     return image_text_method(config.method, backbone, facts.text, config.data.patch_size)
 
 
+def _contrastive(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, ContrastiveConfig)
+    parts = config.samples_per_step // config.train.batch_size
+    if parts > 1 and any(isinstance(part, _BatchNorm) for part in backbone.encoder.modules()):
+        raise UserError(
+            f"method.contrast.virtual_batch: the network {config.network.name} has batch norm, which in "
+            "parts of a batch differs from that of the whole; use network.name=unet, or leave virtual_batch out."
+        )
+    how = {**settings.contrast.model_dump(exclude={"virtual_batch"}), "parts": parts}
+    if isinstance(settings, MoCoV2Config):
+        return MoCoV2(backbone, _views(config), queue=settings.queue, momentum=settings.momentum, **how)
+    return SimCLR(backbone, _views(config), **how)
+
+
 METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "semantic_genesis": _restoration,
     "models_genesis": _restoration,
@@ -150,4 +171,6 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "online_clustering": _online_clustering,
     "convirt": _image_text,
     "gloria": _image_text,
+    "simclr": _contrastive,
+    "moco_v2": _contrastive,
 }

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.method import Batch, Output
-from ..engine.ranks import gathered
 from ..losses.image_text import bidirectional_info_nce
 from ..models import Backbone
 from ..models.heads import pool
@@ -40,14 +39,12 @@ class ConVIRT(ImageTextMethod):
     def forward(self, batch: Batch) -> Output:
         images, texts = embedded(self, batch)
         hashes = torch.stack([batch["report"], batch["text"]], dim=1)
-        # The first process alone validates, so then nothing is gathered.
-        spread = gathered if self.training else lambda rows: rows
         loss = bidirectional_info_nce(
             images.whole,
             texts.whole,
-            spread(images.whole),
-            spread(texts.whole),
-            same(hashes, spread(hashes)),
+            self.of_all(images.whole),
+            self.of_all(texts.whole),
+            same(hashes, self.of_all(hashes)),
             temperature=self.temperature,
             image_weight=self.image_weight,
         )

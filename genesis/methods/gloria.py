@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.method import Batch, Output
-from ..engine.ranks import gathered
 from ..losses.image_text import (
     bidirectional_info_nce,
     local_loss,
@@ -68,14 +67,12 @@ class GLoRIA(ImageTextMethod):
     def forward(self, batch: Batch) -> Output:
         images, texts = embedded(self, batch)
         hashes = torch.stack([batch["report"], batch["text"]], dim=1)
-        # The first process alone validates, so then nothing is gathered.
-        spread = gathered if self.training else lambda rows: rows
         contrast = bidirectional_info_nce(
             images.whole,
             texts.whole,
-            spread(images.whole),
-            spread(texts.whole),
-            same(hashes, spread(hashes)),
+            self.of_all(images.whole),
+            self.of_all(texts.whole),
+            same(hashes, self.of_all(hashes)),
             temperature=1 / GLOBAL_SCALE,
             image_weight=0.5,
         )

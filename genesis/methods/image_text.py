@@ -9,10 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from ..engine.gathering import gathered
 from ..engine.method import Batch, Method
-from ..evaluation.probes import effective_rank
+from ..evaluation.probes import alignment, effective_rank, uniformity
 from ..models import Backbone
 from ..text.encoders import TextModel
+
+FEW = 4  # embeddings whose rank tells nothing yet
 
 
 class Images(NamedTuple):
@@ -51,14 +54,18 @@ class ImageTextMethod(Method):
         """Of each image with each text, in [-1, 1]; what retrieval and zero-shot classification sort by."""
         raise NotImplementedError
 
+    def of_all(self, rows: Tensor) -> Tensor:
+        """Those of all processes while training; the first alone validates."""
+        return gathered(rows)[0] if self.training else rows
+
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Losses within batches, and how well texts and images of all held-out studies find each other.
 
         text_to_image, image_to_text: share of texts (images) that have an image (text) of the same report among the
-        five most similar; chance: what sorting at random gives. alignment: mean cosine similarity of pairs;
-        uniformity: log mean exp(-2 d²) of the images' embeddings (Wang & Isola, 2020; 0 when they have collapsed);
-        effective_rank of both sides' embeddings.
+        five most similar; chance: what sorting at random gives. alignment: mean squared distance of
+        pairs; uniformity: of the images' embeddings, 0 when they have collapsed;
+        effective_rank of both sides' embeddings, unless there are fewer than four.
         """
         sums: defaultdict[str, float] = defaultdict(float)
         images, texts, hashes = [], [], []
@@ -74,21 +81,21 @@ class ImageTextMethod(Method):
         positive = same(torch.cat(hashes), torch.cat(hashes))
         with torch.autocast(image.device.type, enabled=False):
             cosine = image @ text.T
+        ranks = {"effective_rank": effective_rank(image), "text_effective_rank": effective_rank(text)}
         return {
             **{name: value / len(image) for name, value in sums.items()},
             "text_to_image": _found(cosine.T, positive),
             "image_to_text": _found(cosine, positive),
             "chance": _chance(positive),
-            "alignment": float(cosine.diagonal().mean()),
-            "uniformity": _uniformity(image),
-            "effective_rank": effective_rank(image),
-            "text_effective_rank": effective_rank(text),
+            "alignment": float(alignment(image, text)),
+            "uniformity": float(uniformity(image)),
+            **(ranks if len(image) >= FEW else {}),
         }
 
     def collapsed(self, figures: dict[str, float]) -> list[str]:
         found = []
         for name, what in (("effective_rank", "images"), ("text_effective_rank", "texts")):
-            if figures[name] < 1.5:
+            if figures.get(name, FEW) < 1.5:
                 found.append(f"the embeddings of all {what} lie on one line")
         return found
 
@@ -125,9 +132,3 @@ def _chance(positive: Tensor, among: int = 5) -> float:
     drawn = torch.arange(min(among, total), device=positive.device)
     missed = ((total - right[:, None] - drawn).clamp(min=0) / (total - drawn)).prod(dim=1)
     return float(1 - missed.mean())
-
-
-def _uniformity(unit: Tensor) -> float:
-    if len(unit) < 2:
-        return 0.0
-    return float(torch.pdist(unit).square().mul(-2).exp().mean().log())
