@@ -7,7 +7,7 @@ import torch
 from test_semantic_genesis import CLASSES, patches
 from test_train import train, workspace  # noqa: F401  a fixture
 
-from genesis.config import load_config, recipes
+from genesis.config import ViewMethodConfig, load_config, recipes
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.files import read_json
@@ -18,8 +18,13 @@ SMALL = {
     (3, "unet"): ["data.patch_size=[24,24,16]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
     (3, "published_unet"): ["data.patch_size=[16,8,8]"],
     (2, "flexible_unet"): ["data.patch_size=[64,64]"],
+    (2, "unet"): ["data.patch_size=[32,32]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
 }
 SIZES = [part for size in ("data.patch_size=[16,16,16]", "data.spacing_mm=median") for part in ("--set", size)]
+OTHER_SIZES = {
+    "swav": ["--set", "method.views.local_size=[8,8,8]"],
+    "online_clustering": ["--set", "method.views.local_size=[8,8,8]", "--set", "method.prototypes.per=shared"],
+}
 TRACES = {
     "autoencoder_2d": [0.30841, 0.13817, 0.07692],
     "autoencoder_3d": [0.16057, 0.14239, 0.13013],
@@ -29,11 +34,15 @@ TRACES = {
     "inpainting_3d": [0.15969, 0.1438, 0.13063],
     "models_genesis_2d": [0.31076, 0.21383, 0.19492],
     "models_genesis_3d": [0.17413, 0.15723, 0.15288],
+    "online_clustering_2d": [7.20876, 7.19002, 7.213],
+    "online_clustering_3d": [6.04809, 5.98813, 5.88972],
     "patch_shuffling_2d": [0.30737, 0.13015, 0.0767],
     "patch_shuffling_3d": [0.16075, 0.14439, 0.13206],
     "semantic_genesis_2d": [0.32267, 0.26871, 0.21498],
     "semantic_genesis_3d": [0.18527, 0.16804, 0.16422],
     "semantic_genesis_3d_published": [0.19423, 0.1781, 0.14118],
+    "swav_2d": [7.20688, 7.25431, 7.17133],
+    "swav_3d": [6.04557, 6.01792, 5.93711],
 }
 
 
@@ -45,25 +54,28 @@ def test_recorded_loss_trace(name: str) -> None:
     config = load_config(name, [*small, "train.optimizer.warmup_steps=0"])
     torch.manual_seed(0)
     backbone = build_backbone(spatial_dims=config.spatial_dims, **config.network.model_dump())
-    method = METHODS[config.method.name](config, backbone, Facts(classes=CLASSES)).train()
+    method = METHODS[config.method.name](config, backbone, Facts(classes=CLASSES, modalities=("ct", "mr"))).train()
     settings = OptimizerSettings(**config.train.optimizer.model_dump())
     optimizer = settings.build(method.param_groups())
+    views = config.method.views if isinstance(config.method, ViewMethodConfig) else None
+    size = views.region(config.data.patch_size) if views else config.data.patch_size
     trace = []
     for step in range(3):
         settings.set_rate(optimizer, step, config.train.steps)
-        output = method(patches(4, config.data.patch_size, first=4 * step))
+        output = method({**patches(4, size, first=4 * step), "modality": torch.zeros(4, dtype=torch.long)})
         loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
         assert all(weight.grad is not None for weight in method.parameters() if weight.requires_grad)
         optimizer.step()
         optimizer.zero_grad()
+        method.after_optimizer_step(step)
         trace.append(loss.item())
     assert trace == pytest.approx(TRACES[name], rel=2e-2)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: F811
-    train(workspace, "--method", name, "--run", name, "--steps", "4", *SIZES)
+    train(workspace, "--method", name, "--run", name, "--steps", "4", *SIZES, *OTHER_SIZES.get(name, ()))
     folder = workspace / "runs" / name
     assert read_json(folder / "run.json")["status"] == "finished"
     assert read_metrics(folder, "val")[-1]["loss"] > 0
