@@ -23,6 +23,10 @@ SMALL = {
     (2, "unet"): ["data.patch_size=[32,32]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
 }
 SIZES = [part for size in ("data.patch_size=[16,16,16]", "data.spacing_mm=median") for part in ("--set", size)]
+OTHER_SIZES = {
+    "swav": ["--set", "method.views.local_size=[8,8,8]"],
+    "online_clustering": ["--set", "method.views.local_size=[8,8,8]", "--set", "method.prototypes.per=shared"],
+}
 TRACES = {
     "autoencoder_2d": [0.30841, 0.13817, 0.07692],
     "autoencoder_3d": [0.16057, 0.14239, 0.13013],
@@ -38,6 +42,8 @@ TRACES = {
     "models_genesis_3d": [0.17413, 0.15723, 0.15288],
     "moco_v2_2d": [6.20698, 7.55672, 6.6878],
     "moco_v2_3d": [4.82084, 6.13302, 5.30201],
+    "online_clustering_2d": [7.20876, 7.19002, 7.213],
+    "online_clustering_3d": [6.04809, 5.98813, 5.88972],
     "patch_shuffling_2d": [0.30737, 0.13015, 0.0767],
     "patch_shuffling_3d": [0.16075, 0.14439, 0.13206],
     "semantic_genesis_2d": [0.32267, 0.26871, 0.21498],
@@ -45,6 +51,8 @@ TRACES = {
     "semantic_genesis_3d_published": [0.19423, 0.1781, 0.14118],
     "simclr_2d": [1.90669, 1.9619, 1.94942],
     "simclr_3d": [1.93756, 1.94047, 1.93913],
+    "swav_2d": [7.20688, 7.25431, 7.17133],
+    "swav_3d": [6.04557, 6.01792, 5.93711],
 }
 
 
@@ -57,7 +65,8 @@ def test_recorded_loss_trace(name: str) -> None:
     config = load_config(name, [*small, "train.optimizer.warmup_steps=0"])
     torch.manual_seed(0)
     backbone = build_backbone(spatial_dims=config.spatial_dims, **config.network.model_dump())
-    method = METHODS[config.method.name](config, backbone, Facts(classes=CLASSES, text=text)).train()
+    facts = Facts(classes=CLASSES, modalities=("ct", "mr"), text=text)
+    method = METHODS[config.method.name](config, backbone, facts).train()
     settings = OptimizerSettings(**config.train.optimizer.model_dump())
     optimizer = settings.build(method.param_groups())
     views = config.method.views if isinstance(config.method, ViewMethodConfig) else None
@@ -84,7 +93,7 @@ def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: 
     if load_config(f"{name}_3d").method.needs == "reports":
         reports = {f"v{number}": Report(f"s{number}", text=TEXTS[number % 4]) for number in range(8)}
         write_reports(workspace / "store", reports)
-    train(workspace, "--method", name, "--run", name, "--steps", "4", *SIZES)
+    train(workspace, "--method", name, "--run", name, "--steps", "4", *SIZES, *OTHER_SIZES.get(name, ()))
     folder = workspace / "runs" / name
     assert read_json(folder / "run.json")["status"] == "finished"
     assert read_metrics(folder, "val")[-1]["loss"] >= 0  # of one study alone there is nothing to tell apart

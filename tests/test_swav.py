@@ -20,7 +20,7 @@ from genesis.engine.method import Batch
 from genesis.losses.clustering import sinkhorn, swapped_prediction_loss
 from genesis.methods.swav import SwAV
 from genesis.models import Backbone, ProjectionHead, Prototypes, build_backbone
-from genesis.models.projection import JointBatchNorm
+from genesis.models.joint_batch_norm import JointBatchNorm
 from genesis.transforms import IntensityRange, MultiCrop
 
 JITTER = IntensityRange(gamma=0.2, gain=0.1, noise=0.02, blur=0.5)
@@ -45,7 +45,7 @@ def parts_of(dims: int, channels: int = 1, local_views: int = 2) -> tuple[Backbo
         (16,) * dims, local_size=(8,) * dims, local_views=local_views, global_scale=(0.7, 1.0), local_scale=(0.4, 0.6),
         rotation_degrees=5.0, intensity=(JITTER,) * len(MODALITIES),
     )  # fmt: skip
-    return backbone, views, ProjectionHead(16, 32, DIM)
+    return backbone, views, ProjectionHead(16, 32, DIM, norm="batch")
 
 
 def tiny(dims: int = 3, channels: int = 1, **settings: Any) -> SwAV:
@@ -85,14 +85,13 @@ def test_the_loss_is_the_swapped_prediction_of_the_views() -> None:
     batch = patches(6, (20, 20, 20))
     views = method.pictures(batch)["views"]
     assert list(views) == ["region", "global 1", "global 2", "local 1", "local 2"]
+    layers: Any = method.head.layers
     scores = []
     for view in list(views.values())[1:]:
         feature = method.backbone.encode(view)[-1].flatten(2).mean(2)
-        hidden = functional.batch_norm(
-            method.head.first(feature), method.head.norm.running_mean, method.head.norm.running_var,
-            method.head.norm.weight, method.head.norm.bias,
-        )  # fmt: skip
-        z = method.head.last(hidden.relu())
+        first, norm, _, last = layers
+        hidden = functional.batch_norm(first(feature), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        z = last(hidden.relu())
         scores.append(functional.normalize(z, dim=1) @ functional.normalize(method.prototypes.weight, dim=1).T)
     codes = torch.stack([sinkhorn(view) for view in scores[:2]])
     expected = swapped_prediction_loss(codes, torch.stack(scores))
@@ -178,7 +177,7 @@ def test_a_collapse_is_told() -> None:
     method = tiny(2).eval()
     batch = [patches(10, (20, 20))]
     with torch.no_grad():
-        method.head.last.weight.zero_()  # what is left is the bias
+        list(method.head.parameters())[-2].zero_()  # what is left is the bias
     found = method.collapsed(method.validate(batch))
     assert any("codes are uniform" in one for one in found)
     assert any("one prototype gets 100%" in one for one in found)

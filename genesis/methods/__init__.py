@@ -111,7 +111,7 @@ def _online_clustering(config: Config, backbone: Backbone, facts: Facts) -> Meth
 
 
 def _head(settings: SwavConfig | OnlineClusteringConfig, backbone: Backbone) -> ProjectionHead:
-    return ProjectionHead(backbone.feature_channels[-1], settings.hidden, settings.dim)
+    return ProjectionHead(backbone.feature_channels[-1], settings.hidden, settings.dim, norm="batch")
 
 
 def _sinkhorn(settings: SwavConfig | OnlineClusteringConfig) -> dict[str, Any]:

@@ -18,6 +18,9 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("the other view found", "pretext_accuracy", {"pretext_chance": "chance"}),
     ("alignment of views (0 is best)", "alignment", {}),
     ("uniformity (0 is collapsed)", "uniformity", {}),
+    ("swapped prediction: cross-entropy", "swapped", {"ln_prototypes": "uniform guess"}),
+    ("entropy of codes (of 1)", "code_entropy", {}),
+    ("use of prototypes (of 1)", "prototype_usage", {}),
 )
 
 
