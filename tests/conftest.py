@@ -13,6 +13,7 @@ install_import_hook(
         "genesis.transforms",
         "genesis.models",
         "genesis.losses",
+        "genesis.text",
         "genesis.discovery",
         "genesis.methods.supervised",
         "genesis.data.labelled",

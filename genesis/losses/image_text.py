@@ -17,12 +17,15 @@ AT_ONCE = 2**26  # values of word × region × image × text that are computed, 
 
 
 def info_nce(logits: Float[Tensor, "n m"], positive: Bool[Tensor, "n m"]) -> Float[Tensor, ""]:
-    """Mean over rows of -mean over positives of log softmax(row); every row has a positive.
+    """Mean over rows of the mean over its positives p of -log(e^p / (e^p + Σ e^n)), n the row's other, negative ones.
 
-    With several positives the mean over them as in supervised contrast (Khosla et al., 2020, eq. 2).
+    With one positive per row that is cross-entropy. With several, each competes with the negatives alone; the mean of
+    log softmax over positives, as supervised contrast has it, would for equal texts be the same as if each were the
+    other's negative. Every row has a positive.
     """
-    share = positive / positive.sum(dim=1, keepdim=True)
-    return -(share * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    negatives = logits.masked_fill(positive, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)
+    each = torch.logaddexp(logits, negatives) - logits
+    return ((each * positive).sum(dim=1) / positive.sum(dim=1)).mean()
 
 
 def bidirectional_info_nce(

@@ -14,6 +14,8 @@ from ..evaluation.probes import effective_rank
 from ..models import Backbone
 from ..text.encoders import TextModel
 
+FEW = 4  # embeddings whose rank tells nothing yet
+
 
 class Images(NamedTuple):
     """Embedded images: `whole` (B, D); `regions` (B, D, M), where the method has them."""
@@ -58,7 +60,7 @@ class ImageTextMethod(Method):
         text_to_image, image_to_text: share of texts (images) that have an image (text) of the same report among the
         five most similar; chance: what sorting at random gives. alignment: mean cosine similarity of pairs;
         uniformity: log mean exp(-2 d²) of the images' embeddings (Wang & Isola, 2020; 0 when they have collapsed);
-        effective_rank of both sides' embeddings.
+        effective_rank of both sides' embeddings, unless there are fewer than four.
         """
         sums: defaultdict[str, float] = defaultdict(float)
         images, texts, hashes = [], [], []
@@ -74,6 +76,7 @@ class ImageTextMethod(Method):
         positive = same(torch.cat(hashes), torch.cat(hashes))
         with torch.autocast(image.device.type, enabled=False):
             cosine = image @ text.T
+        ranks = {"effective_rank": effective_rank(image), "text_effective_rank": effective_rank(text)}
         return {
             **{name: value / len(image) for name, value in sums.items()},
             "text_to_image": _found(cosine.T, positive),
@@ -81,14 +84,13 @@ class ImageTextMethod(Method):
             "chance": _chance(positive),
             "alignment": float(cosine.diagonal().mean()),
             "uniformity": _uniformity(image),
-            "effective_rank": effective_rank(image),
-            "text_effective_rank": effective_rank(text),
+            **(ranks if len(image) >= FEW else {}),
         }
 
     def collapsed(self, figures: dict[str, float]) -> list[str]:
         found = []
         for name, what in (("effective_rank", "images"), ("text_effective_rank", "texts")):
-            if figures[name] < 1.5:
+            if figures.get(name, FEW) < 1.5:
                 found.append(f"the embeddings of all {what} lie on one line")
         return found
 

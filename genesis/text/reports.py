@@ -41,9 +41,9 @@ def sections(report: Report) -> dict[str, str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Those with a word in them; a list's numbers and dashes are no part of them."""
+    """Those with a letter in them; a list's numbers and dashes are no part of them."""
     parts = (_NUMBERED.sub("", part).strip() for part in _SENTENCE.split(text))
-    return [part for part in parts if _has_words(part)]
+    return [part for part in parts if any(map(str.isalpha, part))]
 
 
 def choose(report: Report, shown: Shown, source: torch.Generator) -> str:
@@ -59,7 +59,7 @@ def choose(report: Report, shown: Shown, source: torch.Generator) -> str:
     if shown == "shuffled_sections":
         return " ".join(parts[place] for place in torch.randperm(len(parts), generator=source).tolist())
     if shown == "sentence":
-        parts = [sentence for part in parts for sentence in sentences(part)]
+        parts = [sentence for part in parts for sentence in sentences(part)] or parts
     return parts[int(torch.randint(len(parts), (), generator=source))]
 
 
