@@ -148,7 +148,8 @@ def _volumes_ml(case: Case, names: dict[int, str]) -> dict[str, float]:
 def measure(place: Place, method: str, tables: dict[str, Path]) -> None:
     """Train, export and probe one method; leaves METHOD.json in the workspaces."""
     record = place.workspaces / f"{method}.json"
-    if record.is_file():
+    how = {"steps": place.steps, "seed": place.seed, "seeds": list(place.seeds)}
+    if record.is_file() and read_json(record)["how"] == how:
         return
     workspace = place.workspace(method)
     key = BOTH if workspace.name == BOTH else CT
@@ -175,6 +176,7 @@ def measure(place: Place, method: str, tables: dict[str, Path]) -> None:
     write_json(
         record,
         {
+            "how": how,
             "commands": commands,
             "validation": judged[-1],
             "alarms": sorted({row["kind"] for row in map(json.loads, lines) if row["split"] == "alarm"}),
@@ -221,7 +223,7 @@ def report(place: Place, methods: tuple[str, ...]) -> None:
         f"{cases['test']} test cases, mean ± sd over {len(place.seeds)} seeds, which draw the training cases and the "
         "untrained encoder. Differences are paired by seed; all share one pretraining.",
         "| method | labelled cases | AUC | untrained | difference | accuracy | untrained | difference |\n"
-        + "|---|" * 2 + "---|" * 6 + "\n"
+        + "|" + "---|" * 8 + "\n"
         + "\n".join(line for method, record in records.items() for line in _probes(method, record)),
         "## Commands",
         "```\n" + "\n".join(

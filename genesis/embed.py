@@ -13,6 +13,7 @@ In Python: genesis.embed(package, scans) gives a dict of arrays by path, and wri
 """
 
 import argparse
+import shlex
 import sys
 from types import ModuleType
 from typing import Any
@@ -69,14 +70,12 @@ def run(options: argparse.Namespace) -> None:
             "length": vectors.shape[1],
         }
         write_json(aside / "embedding.json", record)
-    targets = len({meta.target for meta in metas if meta.target is not None})
     print(f"{len(metas)} vectors of {vectors.shape[1]} numbers are in {folder / 'vectors.csv'}.")
-    if targets > 1:
-        print(
-            f"What they tell of the {targets} targets: {command(options, f'evaluate --weights {package} --task probe')}"
-        )
-    else:
-        print('Next: import pandas; pandas.read_csv("vectors.csv"), then search, cluster or plot them.')
+    labelled = f" --data {shlex.quote(options.data)}" if options.data else ""
+    if not any(meta.labelled for meta in metas):
+        labelled = " --data LABELLED"
+    again = f"evaluate --task retrieval --weights {shlex.quote(options.weights or package.name)}{labelled}"
+    print(f"What they are worth: {command(options, again)}")
 
 
 if __name__ == "__main__":

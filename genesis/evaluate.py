@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
         text = write_answers(aside, about, answers)
     print(f"\n{text}\n")
     other = "retrieval" if options.task == "probe" else "probe"
-    again = f"evaluate --task {other} --weights {shlex.quote(str(package))}"
+    again = f"evaluate --task {other} --weights {shlex.quote(options.weights or package.name)}"
     again += f" --data {shlex.quote(options.data)}" if options.data else ""
     print(f"Results are in {folder}. Next: {command(options, again)}")
 

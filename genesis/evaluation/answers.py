@@ -32,7 +32,7 @@ def write_answers(folder: Path, about: dict[str, Any], answers: Sequence[Answer]
     tree = {"schema": 1, **about, "answers": [_as_json(answer) for answer in answers]}
     text = "\n\n".join(
         [
-            f"# {about['package']}: {about['task']} of frozen features",
+            f"# {about['package']}: {about['task'].replace('_', '-')}",
             *(part for answer in answers for part in _as_markdown(answer)),
         ]
     )

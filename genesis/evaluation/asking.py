@@ -15,7 +15,7 @@ from .answers import Answer
 from .arms import PRETRAINED
 from .cases import Splits
 from .frozen import Encoders, Neighbours, Reading, probe, search
-from .image_text import Pair, both_ways, read_prompts, search_by_report, zero_shot
+from .image_text import OWN, Pair, both_ways, read_prompts, search_by_report, zero_shot
 from .questions import Question, Targets, axial_slice
 from .retrieval import CUTOFFS
 
@@ -74,6 +74,8 @@ def searched_by_report(pair: Pair, reports: Reports, seed: int, folder: Path) ->
         for direction, values in both_ways(similarity, relevant).items():
             note = "Among the test studies; a report is the mean of its sections, and relevant is "
             note += f"{kind}." if direction == "image to text" else f"the image of {kind}."
+            if kind == OWN:
+                note += " With one relevant candidate precision@k is at most 1/k; recall@k is how often it is found."
             answers.append(
                 Answer(
                     question=f"{direction}, {kind}",

@@ -22,6 +22,7 @@ from ..weights import ImageText
 from .questions import Targets
 from .retrieval import retrieval
 
+OWN = "its own report"
 TOGETHER = 4  # whole bodies in a batch
 SHARPNESS = 10.0  # of the softmax over classes, by which cosines become probabilities
 
@@ -70,7 +71,7 @@ def search_by_report(
     metas = [study.metas[0] for study in studies]
     texts = [list(sections(study.report).values()) for study in studies]
     similarity = pair.similarity(metas, texts, "images and reports")
-    relevant = {"its own report": _same([text_hash(study.text) for study in studies])}
+    relevant = {OWN: _same([text_hash(study.text) for study in studies])}
     targets = [meta.target for meta in metas if meta.target is not None]
     if len(targets) == len(metas) and len(set(targets)) > 1:
         relevant["a report of the same target"] = _same(targets)
