@@ -22,8 +22,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> VolumeStore:
+    return make_store(tmp_path_factory.mktemp("store"))
+
+
+def make_store(folder: Path) -> VolumeStore:
     """Two channels each: a CT, an MR of other spacing, and a CT of 16 bits without sign, long and thin."""
-    folder = tmp_path_factory.mktemp("store")
     rng = np.random.default_rng(0)
     thin = meta("c", channels=2, shape=(2, 12, 70, 9), scale=(0.05, 0.03), offset=(-1100.0, -1000.0))
     for described in (
@@ -75,6 +78,7 @@ def assert_same(
 CASES = [
     ((16, 16, 8), (2.0, 2.0, 4.0)),
     ((16, 8, 8), None),
+    ((7, 9, 8), (3.0, 2.5, 6.0)),  # some voxels of the volumes for one of the patch
     ((8, 8, 8), (9.0, 7.0, 8.0)),  # many voxels of the volumes for one of the patch
     ((16, 16), (2.0, 2.0)),
     ((16, 24), None),
@@ -95,8 +99,18 @@ def test_resident_patches_are_the_streamed_ones(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("size", "spacing"), CASES)
-def test_they_are_on_a_gpu(store: VolumeStore, size: tuple[int, ...], spacing: tuple[float, ...] | None) -> None:
+def test_they_are_on_a_gpu(
+    store: VolumeStore,
+    size: tuple[int, ...],
+    spacing: tuple[float, ...] | None,
+    fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut by the kernels of our own, where they work, and without them."""
+    if not fused:
+        monkeypatch.setattr(resident, "kernels", lambda device: None)
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as a training may have it
     try:

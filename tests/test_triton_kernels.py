@@ -16,8 +16,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Tri
 
 
 @needs_triton
-def test_interpreted_kernels_equal_the_plain_forms() -> None:
-    script = Path(__file__).with_name("kernels_and_plain_forms.py")
+@pytest.mark.parametrize("name", ["kernels_and_plain_forms", "interpreted_cut"])
+def test_interpreted_kernels_equal_the_plain_forms(name: str) -> None:
+    script = Path(__file__).with_name(f"{name}.py")
     done = subprocess.run(
         [sys.executable, str(script)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -40,6 +40,12 @@ def local_range(
     return start, torch.maximum(torch.minimum(stop, torch.as_tensor(n_in)), start + 1)
 
 
+def taps(n_out: Counts, extent_mm: Numbers, spacing_mm: Numbers) -> Int[Tensor, "*batch"]:
+    """Of how many voxels of a volume at most a box's voxel is made along one axis."""
+    extent, spacing = _doubles(extent_mm, spacing_mm)
+    return (2 * _step(n_out, extent, spacing).clamp(min=1.0)).ceil().long()
+
+
 def local_weights(
     n_out: int,
     centre_mm: Numbers,

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..progress import progress
+from ..transforms.fused import kernels
 from .patches import window_line
-from .resample import local_range, local_weights, resample
+from .resample import local_range, local_weights, resample, taps
 from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
@@ -25,6 +26,9 @@ AUTO_SHARE = 0.5  # of a GPU's memory; the network and its activations need the 
 # Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
 # 2^19 is measured to cut a batch twice as fast as 2^25.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
+# Stored voxels of which one of a patch may be made when all are looked up for each anew, as on CUDA; to make it axis by
+# axis, which takes some launches more, is faster from about there on.
+MOST_TAPS = 6**3
 READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
 
 
@@ -98,36 +102,42 @@ class ResidentVolumes:
         """`cut_padded` of volumes by their number in `ids`: patches (B, C, *size) and the shares outside, both here.
 
         Nothing waits for the device. Patches of about the same number of voxels are read together, for each is read
-        as far as the widest of them needs.
+        as far as the widest of them needs. On CUDA most are cut by kernels of our own, where those work.
         """
         box = (*size, 1)[:3]
         number, centre = torch.from_numpy(volume), torch.from_numpy(centre_mm)
         extent = torch.nn.functional.pad(torch.from_numpy(extent_mm), (0, 3 - len(size)))
-        start, stop = local_range(
-            torch.tensor(box).expand_as(centre), centre, extent, self._spacing[number], self._shape[number]
-        )
-        count = stop - start
-        order = count.prod(1).argsort(descending=True, stable=True)
-        count = count[order]
-        whole = torch.column_stack([number, start, self._shape[number], torch.arange(len(number))])[order]
-        exact = torch.cat([centre, extent, self._spacing[number]], dim=1)[order]
+        sides, spacing, shape = torch.tensor(box).expand_as(centre), self._spacing[number], self._shape[number]
+        start, stop = local_range(sides, centre, extent, spacing, shape)
+        widths, reach = stop - start, taps(sides, extent, spacing)
+        looked_up = (reach.prod(1) <= MOST_TAPS) & (kernels(self.device) is not None)
+        order = torch.where(looked_up, 0, widths.prod(1)).argsort(descending=True, stable=True)
+        widths = widths[order]
+        whole = torch.column_stack([number, start, shape, torch.arange(len(number)), reach])[order]
+        exact = torch.cat([centre, extent, spacing], dim=1)[order]
         whole, exact = _to_device(whole, self.device), _to_device(exact, self.device)
 
         image = torch.empty(len(volume), self.channels, *box, device=self.device)
         padding = torch.empty(len(volume), device=self.device)
-        first = 0
-        while first < len(volume):
-            widest = count[first:].cummax(0).values
+        first, end = 0, len(volume) - int(looked_up.sum())
+        while first < end:
+            widest = widths[first:end].cummax(0).values
             voxels = widest.prod(1) * torch.arange(1, len(widest) + 1) * self.channels
             together = max(1, int((voxels <= AT_ONCE[self.device.type]).sum()))
             part = slice(first, first + together)
             place = whole[part, 7]
             image[place], padding[place] = self._cut(whole[part], exact[part], widest[together - 1].tolist(), box)
             first += together
+        if end < len(volume):
+            from .triton_cut import cut
+
+            line = self._lift, self._gain, self._bias
+            most = int(reach[looked_up].max())
+            cut(self._voxels, self._offset, line, whole[end:], exact[end:], most, image, padding)
         return image.squeeze(4) if len(size) == 2 else image, padding
 
     def _cut(
-        self, whole: Int[Tensor, "b 8"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
+        self, whole: Int[Tensor, "b 11"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b c nx ny nz"], Float[Tensor, " b"]]:
         number, start, shape = whole[:, 0], whole[:, 1:4], whole[:, 4:7]
         voxels = [start[:, axis, None] + torch.arange(n, device=self.device) for axis, n in enumerate(count)]
