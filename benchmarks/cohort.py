@@ -15,6 +15,7 @@ from genesis.data.phantom import Acquisition, phantom
 from genesis.data.pseudo_labels import PseudoLabels
 from genesis.data.store import VolumeStore
 from genesis.files import sha256, write_folder_aside, write_json
+from genesis.network import configured_network
 from genesis.prepare import prepare
 from genesis.seeding import generator
 from genesis.workspace import Workspace
@@ -67,6 +68,7 @@ def pseudo_labels(store: VolumeStore, volumes: Sequence[str], patch_size: Sequen
 
 def write_discovery(workspace: Workspace, store: VolumeStore, config: Config) -> None:
     """What `discover` leaves for training, with patches at random places."""
+    assert config.discovery is not None
     metas = [meta for meta in store if meta.split != "test"]
     table = pseudo_labels(store, [meta.volume for meta in metas], config.data.patch_size)
     with write_folder_aside(workspace.discovery(3)) as folder:
@@ -77,7 +79,7 @@ def write_discovery(workspace: Workspace, store: VolumeStore, config: Config) ->
             "seed": 0,
             "modality": "ct",
             "in_channels": 1,
-            "spacing_mm": resolve_spacing(config.data, metas),
+            "spacing_mm": resolve_spacing(config.data, metas, configured_network(config, 1).stride),
             "data": config.data.model_dump(mode="json", exclude={"resident"}),
             "discovery": config.discovery.model_dump(mode="json"),
             "classes": table.classes,

@@ -20,12 +20,12 @@ from cohort import pseudo_labels, read, write_scans
 from measure import Row, row, seconds, write
 
 from genesis.config import load_config
-from genesis.data.patches import PseudoLabelPatches, WholeVolumes
+from genesis.data.samplers import PseudoLabelPatches, WholeVolumes
 from genesis.data.store import VolumeStore
 from genesis.discovery.latents import encode, shrink
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.trainer import fit
-from genesis.methods import METHODS
+from genesis.methods import METHODS, Facts
 from genesis.models import Autoencoder, build_backbone
 from genesis.workspace import Workspace
 
@@ -37,6 +37,7 @@ LINKS = 20_000  # to one file; file systems allow some tens of thousands
 def linear(scans: dict[str, Path], work: Path, repeats: int) -> list[Row]:
     """Prepare and latents of both cohorts; leaves their stores."""
     settings = load_config("semantic_genesis_3d", sample=True)
+    assert settings.discovery is not None
     channels, shape = settings.discovery.autoencoder.channels, settings.discovery.autoencoder.shape
     autoencoder = Autoencoder(3, channels, 1)
 
@@ -72,9 +73,9 @@ def constant(work: Path, repeats: int) -> Row:
             multi_resolution=True,
         )  # fmt: skip
         backbone = build_backbone(spatial_dims=3, **settings.network.model_dump())
-        method = METHODS["semantic_genesis"](settings.method, backbone, table.classes)
+        method = METHODS["semantic_genesis"](settings, backbone, Facts(classes=table.classes))
         ends: list[float] = []
-        method.after_optimizer_step = lambda step: ends.append(time.perf_counter())  # type: ignore[assignment]
+        method.after_optimizer_step = lambda step: ends.append(time.perf_counter())
         fit(
             method, samples, validation=None, folder=work / "run", seed=0, device="cpu", steps=25,
             batch_size=settings.train.batch_size, optimizer=OptimizerSettings("adam", 1e-3), validate_every=25,

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from genesis.config import load_config
-from genesis.data.patches import WholeVolumes, cut
+from genesis.data.patches import cut
+from genesis.data.samplers import WholeVolumes
 from genesis.data.store import VolumeStore
 from genesis.discovery.anchors import choose_anchors
 from genesis.discovery.body import coarse_step_mm
@@ -114,6 +115,7 @@ def opening(folder: Path) -> list[Constant]:
 def discovering(folder: Path) -> list[Constant]:
     """The parts of discovery, at the sizes of semantic_genesis_3d."""
     config = load_config("semantic_genesis_3d")
+    assert config.discovery is not None
     settings, heads, bodies = config.discovery, VolumeStore(folder / "heads_store"), VolumeStore(folder / "store")
     window = config.data.window_hu
     volumes = WholeVolumes(bodies, list(bodies), shape=settings.autoencoder.shape, window_hu=window)

@@ -22,8 +22,9 @@ from measure import Row, cores, row, write
 from steps import fixed_batch, matrix_rate, seconds_of, step_flops, stepper
 
 from genesis.cli import main as genesis
-from genesis.config import MethodConfig, load_config
-from genesis.methods import METHODS
+from genesis.config import Config, load_config
+from genesis.engine.method import Method
+from genesis.methods import METHODS, Facts
 from genesis.methods.semantic_genesis import SemanticGenesis
 from genesis.models import Backbone
 from genesis.workspace import Workspace
@@ -56,8 +57,8 @@ class Stamped(SemanticGenesis):
         return total / (len(self.ends) - warm_up)
 
 
-def stamped(settings: MethodConfig, backbone: Backbone, classes: int) -> SemanticGenesis:
-    method = build(settings, backbone, classes)
+def stamped(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    method = build(config, backbone, facts)
     method.__class__ = Stamped
     method.ends = []
     Stamped.trained = method
@@ -81,7 +82,7 @@ def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]
     workspace = Workspace(folder / config)
     shape, count = ((192, 192, 96), 24) if cuda else ((88, 76, 68), 16)
     spacing = (2.0, 2.0, 2.5) if cuda else (3.6, 3.6, 4.5)
-    store = read(write_scans(folder / config / "scans", count, shape, spacing), workspace, sample=not cuda)
+    store = read(write_scans(folder / "scans" / config, count, shape, spacing), workspace, sample=not cuda)
     settings = load_config(config, sample=store.sample)
     write_discovery(workspace, store, settings)
     batch_size, device = settings.train.batch_size, torch.device(options.device)

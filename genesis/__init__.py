@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .weights import LoadReport, load_into, load_pretrained
+    from .weights import LoadReport, load_image_text, load_into, load_pretrained
 
-__all__ = ["LoadReport", "__version__", "load_into", "load_pretrained"]
+__all__ = ["LoadReport", "__version__", "load_image_text", "load_into", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing torch and MONAI takes seconds, and the workers of `prepare` need neither.
-    if name in ("LoadReport", "load_into", "load_pretrained"):
+    if name in ("LoadReport", "load_image_text", "load_into", "load_pretrained"):
         from . import weights
 
         return getattr(weights, name)

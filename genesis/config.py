@@ -1,18 +1,20 @@
 """Typed configs: one YAML file per method and dimension, validated; `load_config(name, overrides)`."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -75,18 +77,170 @@ class CorruptionConfig(_Section):
     paint_fill: Literal["voxel", "constant"]
 
 
-class MethodConfig(_Section):
-    name: Literal["semantic_genesis"]
+Needs = Literal["patches", "pseudo_labels", "views", "reports"]  # which sampler feeds a method
+
+
+class RestorationConfig(_Section):
+    """Semantic Genesis, and what it is made of: one method with switches."""
+
+    name: Literal[
+        "semantic_genesis", "models_genesis", "inpainting", "patch_shuffling", "autoencoder", "classification_only"
+    ]
+    semantics: bool = True  # also classify pseudo-labels, which discover finds
     lambda_rec: float = Field(ge=0)
-    lambda_cls: float = Field(ge=0)
+    lambda_cls: float = Field(ge=0)  # without semantics it has no effect
     classify: Literal["corrupted", "clean"]
     corruption: CorruptionConfig
 
+    @property
+    def needs(self) -> Needs:
+        return "pseudo_labels" if self.semantics else "patches"
+
     @model_validator(mode="after")
-    def _learns(self) -> "MethodConfig":
-        if not self.lambda_rec and not self.lambda_cls:
-            raise ValueError("lambda_rec and lambda_cls are both 0: nothing would be learned")
+    def _learns(self) -> "RestorationConfig":
+        if not self.lambda_rec and not (self.semantics and self.lambda_cls):
+            raise ValueError("lambda_rec is 0 and so is lambda_cls, or semantics is off: nothing would be learned")
         return self
+
+
+class IntensityConfig(_Section):
+    """How far a view's intensities may change; see `IntensityRange`."""
+
+    gamma: NonNegative  # exponent from exp(-gamma) to exp(gamma)
+    gain: NonNegative  # factor 1 ± gain
+    offset: NonNegative  # ± of the range [0, 1]
+    field: NonNegative  # smooth factor from exp(-field) to exp(field), as of an MR coil
+    noise: NonNegative  # largest standard deviation
+    blur: NonNegative  # largest standard deviation, voxels
+
+
+class IntensitiesConfig(_Section):
+    """By modality."""
+
+    ct: IntensityConfig
+    mr: IntensityConfig
+    xray: IntensityConfig
+
+
+class ViewsConfig(_Section):
+    """What views of a patch a method compares; global ones have the size data.patch_size. See `MultiCrop`."""
+
+    source: float = Field(ge=1)  # sides of the region that views are cut from, in sides of a patch
+    global_views: int = Field(ge=2)
+    local_views: int = Field(default=0, ge=0)
+    local_size: tuple[PositiveInt, ...] | None = None  # voxels
+    global_scale: tuple[Share, Share]  # of the region's volume (2D: area)
+    local_scale: tuple[Share, Share] | None = None
+    min_overlap: Share  # that a global view has in common with the first one
+    aspect: float = Field(ge=1)  # largest ratio of a view's sides
+    rotation_degrees: float = Field(ge=0, le=180)  # to either side, in the axial plane
+    flip: tuple[Literal["x", "y", "z"], ...]  # axes along which half of the views are mirrored; x is left to right
+    intensity: IntensitiesConfig
+
+    def region(self, patch_size: Sequence[int]) -> tuple[int, ...]:
+        """Voxels per side of the region that views are cut from, at a patch's voxel size."""
+        return tuple(math.ceil(round(self.source * side, 6)) for side in patch_size)
+
+    @model_validator(mode="after")
+    def _views_are_complete(self) -> "ViewsConfig":
+        if self.local_views and (self.local_size is None or self.local_scale is None):
+            raise ValueError("local views need local_size and local_scale")
+        for name, scale in (("global_scale", self.global_scale), ("local_scale", self.local_scale)):
+            if scale and not 0 < scale[0] <= scale[1]:
+                raise ValueError(f"{name} {list(scale)} must be [lower, upper], both above 0")
+        return self
+
+
+class ViewMethodConfig(_Section):
+    """What methods that compare views of patches have in common."""
+
+    views: ViewsConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "views"
+
+
+class PrototypesConfig(_Section):
+    count: Annotated[int, Field(ge=2)]
+    frozen_steps: int = Field(ge=0)  # the first, in which they stay as they are
+
+
+class PrototypeBlocksConfig(PrototypesConfig):
+    per: Literal["modality", "shared"]  # modality: each has `count` prototypes of its own
+
+
+class _ClusteringConfig(ViewMethodConfig):
+    """What SwAV and online clustering have in common."""
+
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat  # of the prediction of codes
+    epsilon: PositiveFloat  # of Sinkhorn-Knopp: the smaller, the sharper are codes
+    iterations: PositiveInt
+    queue: int = Field(ge=0)  # earlier samples that codes are computed over, beside the batch; 0: none
+    queue_start: int = Field(ge=0)  # step
+
+
+class SwavConfig(_ClusteringConfig):
+    name: Literal["swav"]
+    prototypes: PrototypesConfig
+
+
+class EnergyConfig(_Section):
+    """Energy-based intensity augmentation; see `EnergyBands`."""
+
+    probability: Share  # of a view
+    bands: PositiveInt
+    spread: float = Field(ge=1)  # a target is 1 / spread to spread times the band's energy
+    pull: Share  # 0: nothing changes; 1: local energies become the target
+
+
+class OnlineClusteringConfig(_ClusteringConfig):
+    name: Literal["online_clustering"]
+    prototypes: PrototypeBlocksConfig
+    energy: EnergyConfig
+    alpha: PositiveFloat  # weight of the swapped prediction
+    hybrid: bool  # also classify whole scans by their target, where they have one
+
+
+class TextConfig(_Section):
+    """The text encoder of image-text methods, and what of a report it is shown."""
+
+    model: str | None  # a folder, or an id of the Hugging Face hub; null: a small one, for the words of these reports
+    revision: str | None  # of a model of the hub: the commit
+    shown: Literal["sentence", "section", "shuffled_sections", "full"]  # of a report, drawn anew for every sample
+    length: Annotated[int, Field(ge=8)]  # tokens of a text; what is longer is cut
+    frozen_layers: int | None = Field(ge=0)  # embeddings and the first so many layers stay as they are; null: none
+
+
+class ConVIRTConfig(_Section):
+    name: Literal["convirt"]
+    temperature: PositiveFloat
+    image_weight: Share  # λ, of the loss from image to text; 1 - λ of that from text to image
+    projection: PositiveInt  # length of the embeddings
+    text: TextConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "reports"
+
+
+class GLoRIAConfig(_Section):
+    name: Literal["gloria"]
+    attention: Literal["exact", "scaled"]  # of words to regions: exact is published, and saturates for long vectors
+    regions: PositiveInt  # most places of the feature map in which words look
+    text: TextConfig
+
+    @property
+    def needs(self) -> Needs:
+        return "reports"
+
+
+ImageTextConfig = ConVIRTConfig | GLoRIAConfig
+MethodConfig = Annotated[
+    RestorationConfig | SwavConfig | OnlineClusteringConfig | ConVIRTConfig | GLoRIAConfig, Field(discriminator="name")
+]
 
 
 class OptimizerConfig(_Section):
@@ -138,16 +292,29 @@ class FinetuneConfig(_Section):
 class Config(_Section):
     spatial_dims: Literal[2, 3]
     data: DataConfig
-    discovery: DiscoveryConfig
+    discovery: DiscoveryConfig | None = None  # of methods that take no pseudo-labels; then discover fills it in
     network: NetworkConfig
     method: MethodConfig
     train: TrainConfig
     finetune: FinetuneConfig
 
     @model_validator(mode="after")
+    def _batch_is_whole(self) -> "Config":
+        if self.train.accumulate > 1 and isinstance(self.method, _ClusteringConfig):
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, but {self.method.name} clusters whole batches: "
+                "set it to 1, with a smaller train.batch_size and a longer method.queue where memory is short"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_fit(self) -> "Config":
+        views = self.method.views if isinstance(self.method, ViewMethodConfig) else None
+        if views and self.spatial_dims == 2 and "z" in views.flip:
+            raise ValueError("method.views.flip has z; a 2D config has x and y")
         for name, size in (("data.patch_size", self.data.patch_size), ("data.spacing_mm", self.data.spacing_mm),
-                           ("discovery.autoencoder.shape", self.discovery.autoencoder.shape),
+                           ("discovery.autoencoder.shape", self.discovery and self.discovery.autoencoder.shape),
+                           ("method.views.local_size", views and views.local_size),
                            ("finetune.patch_size", self.finetune.patch_size)):  # fmt: skip
             if isinstance(size, tuple) and len(size) != self.spatial_dims:
                 raise ValueError(
@@ -158,6 +325,11 @@ class Config(_Section):
                 raise ValueError(f"{name}.window_hu {list(window)} must be [lower, upper]")
         if min(self.data.patch_size) < 8:
             raise ValueError(f"data.patch_size {list(self.data.patch_size)} has a side below 8 voxels")
+        if self.method.needs == "reports" and self.train.accumulate > 1:
+            raise ValueError(
+                "train.accumulate cannot divide a batch whose samples are each other's negatives; set it to 1 and use "
+                "train.recompute_activations, a smaller train.batch_size, or more devices"
+            )
         return self
 
     def dump(self) -> str:
@@ -177,7 +349,9 @@ def load_config(
     tree = _read(name)
     if sample:
         overlay = yaml.safe_load(_shipped("sample"))
-        _merge(tree, overlay.get(f"{tree.get('spatial_dims')}d", {}))
+        dims, method = tree.get("spatial_dims"), tree.get("method")
+        _merge(tree, overlay.get(f"{dims}d", {}))
+        _merge(tree, overlay.get(f"{method.get('name')}_{dims}d", {}) if isinstance(method, dict) else {})
     for dotted, value in (values or {}).items():
         _assign(tree, dotted, value)
     for override in overrides:
@@ -193,6 +367,15 @@ def load_config(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"config {name}: {_explain(error)}") from None
+
+
+def image_text_settings(tree: Any) -> ImageTextConfig:
+    """The section `method` of image-text methods alone, as a dumped config has it. Raises `UserError`."""
+    adapter: TypeAdapter[ImageTextConfig] = TypeAdapter(ImageTextConfig)
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"These are no settings of a method: {' '.join(str(error).split())[:200]}") from None
 
 
 def recipes() -> list[str]:
@@ -253,12 +436,21 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(unknown, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
         return f"unknown key {'.'.join([*place, unknown])}; {hint}"
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
+    if first["type"] == "union_tag_not_found":
+        return f"{'.'.join(place)}.name is missing."
+    if first["type"] == "union_tag_invalid":
+        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value"}
+    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
+             "model_attributes_type": "is a section, not a value"}  # fmt: skip
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
@@ -267,13 +459,32 @@ def _explain(error: ValidationError) -> str:
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
+    kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
+    kinds: dict[int | str, type[BaseModel]] = {}  # of a section that has several, by its name
     place = []
     for part in location:
         if isinstance(part, int):
             place.append(str(part))
+        elif part in kinds:
+            section, kinds = kinds[part], {}
         elif part in section.model_fields:
             place.append(part)
             inner = section.model_fields[part].annotation
+            sections = [
+                one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, BaseModel)
+            ]
+            if len(sections) == 1:
+                section = sections[0]
+            elif sections:
+                kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
+            kinds = {tag: one for one in get_args(inner) for tag in _tags(one)}
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 section = inner
     return section, place
+
+
+def _tags(kind: Any) -> tuple[str, ...]:
+    """The names that a kind of section goes by."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel) and "name" in kind.model_fields):
+        return ()
+    return get_args(kind.model_fields["name"].annotation)

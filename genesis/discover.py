@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 from .cli import add_dim_argument, command
 from .config import load_config
-from .data.patches import resolve_spacing
-from .data.phantom import write_sample_cohort
+from .data.patches import check_images, resolve_spacing
 from .data.store import VolumeMeta, VolumeStore
 from .discovery.pipeline import discover
 from .engine.launch import launch
@@ -29,7 +28,7 @@ from .engine.ranks import from_first
 from .errors import UserError
 from .files import write_folder_aside
 from .network import configured_network
-from .prepare import prepare
+from .prepare import prepare, prepare_sample
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -52,6 +51,11 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config or f"semantic_genesis_{options.dim}", options.overrides, sample=store.sample)
     if options.dim != f"{config.spatial_dims}d":
         raise UserError(f"The config is {config.spatial_dims}D, but --dim is {options.dim}; pass --dim to match it.")
+    if config.discovery is None:
+        raise UserError(
+            f"The config {options.config} has no section discovery, for its method takes no pseudo-labels; discover by "
+            f"another, for instance semantic_genesis_{options.dim}."
+        )
     train, held_out = store.select("train"), store.select("val")
     _check_cohort(train, config.spatial_dims, fabric.world_size)
     network = configured_network(config, train[0].shape[0])  # so that training can take what is found here
@@ -101,9 +105,7 @@ def _prepare(options: argparse.Namespace, workspace: Workspace, processes: int) 
             exclude=options.exclude,
         )
     elif not there:
-        print(f"No --data and no store in {workspace.root}: making a sample cohort of phantoms in {workspace.sample}.")
-        data = write_sample_cohort(workspace.sample, seed=options.seed)
-        prepare(data, workspace.store, workspace, modality="ct", sample=True)
+        prepare_sample(workspace, options.seed)
 
 
 def _check_cohort(train: Sequence[VolumeMeta], spatial_dims: int, processes: int) -> None:
@@ -111,14 +113,9 @@ def _check_cohort(train: Sequence[VolumeMeta], spatial_dims: int, processes: int
         raise UserError(f"There are {len(train)} training volumes; self-discovery needs at least two patients.")
     if processes > len(train):
         raise UserError(f"There are {len(train)} training volumes for {processes} processes; start fewer processes.")
-    for what, values in (
-        ("modalities", {meta.modality for meta in train}),
-        ("numbers of channels", {meta.shape[0] for meta in train}),
-    ):
-        if len(values) > 1:
-            raise UserError(f"The store mixes {what} {sorted(values)}; use a workspace for each, or see --channels.")
-    if spatial_dims == 3 and all(meta.shape[3] == 1 for meta in train):
-        raise UserError("The store holds 2D images; use --dim 2d.")
+    if len(modalities := {meta.modality for meta in train}) > 1:
+        raise UserError(f"The store mixes modalities {sorted(modalities)}; use a workspace for each.")
+    check_images(train, spatial_dims)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .cli import command
-from .config import Config
+from .config import Config, ConVIRTConfig, GLoRIAConfig
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
 from .errors import UserError
+from .methods import image_text_method
 from .network import configured_network
 from .runs import read_config, read_run
-from .weights import CohortCard, DataCard, PretrainingCard, write_package
+from .sampling import TEXT
+from .text.encoders import kept_text_model
+from .weights import CohortCard, DataCard, PretrainingCard, TextSide, write_package
 from .workspace import Workspace
 
 _PREFIX = "backbone.network."  # of the exported weights in a method's state dict
@@ -51,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             "restore it, or train anew."
         ) from None
     package = workspace.weights / name
+    text = _text_side(folder, config, record, checkpoint["method"])
     card = write_package(
         package,
         backbone,
@@ -63,19 +69,34 @@ def run(options: argparse.Namespace) -> None:
             cohort=CohortCard.model_validate(record["cohort"]),
         ),
         trained=tuple(record["trained"]),
+        text=text,
     )
     size = sum(parameter.numel() for parameter in backbone.network.parameters())
     print(f"Exported {folder.name}, {options.checkpoint} checkpoint (step {checkpoint['step']}):")
     print(f"  {card.network.class_name} with {size:,} parameters; trained: {' and '.join(card.trained)}")
+    if text is not None:
+        print("  with its text encoder: genesis.load_image_text embeds images and texts")
     print("  read back: it loads strictly and computes the same")
     print(f'  in Python: import genesis; report = genesis.load_into(my_network, "{package}")')
     print(f"The weights are in {package}; next: {command(options, f'finetune --weights {name}')}")
 
 
+def _text_side(folder: Path, config: Config, record: dict[str, Any], state: dict[str, Tensor]) -> TextSide | None:
+    """The trained text encoder and projections of a run that learned from reports."""
+    settings = config.method
+    if not isinstance(settings, ConVIRTConfig | GLoRIAConfig):
+        return None
+    text = kept_text_model(folder / TEXT, settings.text.length)
+    backbone = configured_network(config, record["in_channels"])
+    method = image_text_method(settings, backbone, text, config.data.patch_size)
+    method.load_state_dict(state)
+    return TextSide(settings.model_dump(mode="json"), method)
+
+
 def _data_card(config: Config, record: dict[str, Any]) -> DataCard:
     return DataCard(
         modality=record["modality"],
-        window_hu=config.data.window_hu if record["modality"] == "ct" else None,
+        window_hu=config.data.window_hu if "ct" in record["modality"] else None,
         spacing_mm=record["spacing_mm"],
         patch_size=config.data.patch_size,
     )

@@ -23,7 +23,7 @@ from .config import Config, FinetuneConfig, load_config, recipes
 from .data.cohort import encoded
 from .data.intake import hashed
 from .data.labelled import Classes
-from .data.phantom import write_sample_cohort
+from .data.sample_cohort import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
 from .engine.launch import launch
 from .errors import UserError
@@ -132,7 +132,7 @@ def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Car
         data,
         workspace.labelled(name),
         workspace,
-        modality=options.modality or card.data.modality,
+        modality=options.modality or card.data.only_modality,
         channels=options.channels,
         sample=sample,
         labelled_only=True,

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         for case, file in files.items():
             try:
                 scan = read_scan(case.images, channels)
-                volume = in_memory(scan, case, card.data.modality)
+                volume = in_memory(scan, case, card.data.only_modality)
                 if len(scan.array) != backbone.in_channels:
                     raise Quarantine(f"it has {len(scan.array)} channels, the model takes {backbone.in_channels}")
                 if classifier is None:

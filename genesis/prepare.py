@@ -2,8 +2,9 @@
 
     python -m genesis.prepare --data SCANS --modality ct
 
-SCANS is a folder, searched recursively (NIfTI, NRRD, MHA/MHD, MGZ, DICOM series; PNG and JPEG for 2D), a CSV with a
-column image (and, if you like, patient_id, modality, split, label, target), or a Decathlon or nnU-Net dataset.json.
+SCANS is a folder, searched recursively (NIfTI, NRRD, MHA/MHD, MGZ, DICOM series; PNG and JPEG for 2D), a CSV or JSONL
+with a column image (and, if you like, patient_id, modality, split, label, target; for image-text methods report, or
+findings and impression, and study_id where a study has several images), or a Decathlon or nnU-Net dataset.json.
 
 A second call reads only what is new or changed, and drops what is gone from SCANS; other SCANS are added to the store.
 What cannot be used is left out, with its reason: see the summary, and store/audit.json in the workspace, which holds
@@ -18,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ from .data.case_map import CaseMap, Row
 from .data.cluster import cluster
 from .data.cohort import Case, Cohort, encoded, find_cases
 from .data.intake import hashed
+from .data.reports import Report, read_reports, write_reports
 from .data.store import INCOMING, Modality, read_audit
 from .data.update import Reading, update_store
 from .errors import UserError
@@ -39,7 +42,7 @@ SHOWN = 20  # quarantined scans that are named on the terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="scans: a folder, a CSV, or a dataset.json")
+    parser.add_argument("--data", metavar="PATH", help="scans: a folder, a CSV or JSONL, or a dataset.json")
     parser.add_argument("--modality", choices=("ct", "mr", "xray"), help="of scans for which a CSV does not say it")
     parser.add_argument(
         "--channels",
@@ -130,12 +133,22 @@ def prepare(
         raise UserError(f"None of the {len(wanted)} scans at {data} can be used; the reasons are above.")
     audit = Audit.of(metas, case_map.rows.values(), excluded=excluded, label_names=names, sample=sample)
     audit.write(store / "audit.json")
+    told = _take_in_reports(store, wanted, case_map, {meta.volume for meta in metas}, reading.key)
     shutil.rmtree(store / INCOMING)
-    print(audit)
+    print("\n".join((str(audit), *told)))
     for row in faults:
         if row.misfit:
             raise UserError(f"{row.path} is left out, {row.reason}; mend the label map, or list the scan without it.")
     return audit
+
+
+def prepare_sample(workspace: Workspace, seed: int) -> None:
+    """Make the embedded sample cohort and the store of it, for a workspace without one."""
+    from .data.sample_cohort import write_sample_cohort  # imports torch
+
+    print(f"No scans yet in {workspace.root}: making a sample cohort of phantoms in {workspace.sample}.")
+    data = write_sample_cohort(workspace.sample, seed=seed)
+    prepare(data, workspace.store, workspace, modality="ct", sample=True)
 
 
 def _elsewhere(case_map: CaseMap, data: Path, workspace: Workspace, sample: bool) -> list[Row]:
@@ -177,6 +190,29 @@ def _excluded(file: Path, cases: Sequence[Case], key: bytes) -> set[str]:
 
 def _hashes(names: Iterable[str], key: bytes) -> set[str]:
     return {hashed(key, "patient", encoded(name))[:16] for name in names}
+
+
+def _take_in_reports(store: Path, cases: Sequence[Case], case_map: CaseMap, volumes: set[str], key: bytes) -> list[str]:
+    """Write the reports of the volumes that got in, beside those of volumes from elsewhere; what there is to tell."""
+    earlier = read_reports(store)
+    here = {case_map.rows[case.path].id: case for case in cases if not case_map.rows[case.path].reason}
+    reports = {volume: report for volume, report in earlier.items() if volume in volumes - here.keys()}
+    for volume, case in here.items():
+        if case.report is not None:
+            reports[volume] = replace(case.report, study=_study(case, case.report, key))
+    write_reports(store, reports)
+    if not any(case.report is not None for case in cases):
+        return []
+    without = [case for case in cases if case.report is None]
+    lines = [f"no report   {case.path}: empty in its row; image-text methods pass over it" for case in without[:SHOWN]]
+    if len(without) > SHOWN:
+        lines.append(f"… and {len(without) - SHOWN} more without one")
+    studies = len({report.study for report in reports.values()})
+    return [*lines, f"reports     of {studies} studies, for {len(reports)} of {len(volumes)} volumes"]
+
+
+def _study(case: Case, report: Report, key: bytes) -> str:
+    return hashed(key, "study", encoded(case.patient), b"\0", encoded(report.study))[:16]
 
 
 def _name_faults(case_map: CaseMap, cases: Sequence[Case]) -> list[Row]:

@@ -1,9 +1,11 @@
-"""Pretrain a network on the pseudo-labels that discover left in the workspace.
+"""Pretrain a network, by default on the pseudo-labels that discover left in the workspace.
 
     python -m genesis.train --dim 3d
+    python -m genesis.train --dim 3d --method models_genesis
 
-One encoder learns to tell the pseudo-label of a corrupted patch and, together with a decoder, to restore the patch.
-Held-out patients judge it every so many steps; training stops early when they see no more progress.
+Semantic Genesis, the default: one encoder learns to tell the pseudo-label of a corrupted patch and, together with a
+decoder, to restore the patch. docs/methods.md says what the other methods do; those without pseudo-labels need no
+discover. Held-out patients judge the training every so many steps; it stops early when they see no more progress.
 
 The run is a folder, runs/NAME: config.yaml, metrics.jsonl, tensorboard/, figures/ and checkpoints/ with the best and
 the last step. A run that was stopped or killed goes on when the same command is given again, or with --resume, on the
@@ -16,7 +18,6 @@ its own that begin with --run, from taking --run as its own.
 import argparse
 import shlex
 import shutil
-from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,25 +28,29 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from .cli import add_dim_argument, command, interrupted_code
-from .config import TrainConfig
-from .data.patches import PseudoLabelPatches, ValidationPatches
-from .data.resident import ResidentPatches, ResidentVolumes, residence
+from .config import TrainConfig, load_config
+from .data.resident import ResidentPatches
+from .data.store import MODALITIES
 from .engine.checkpoint import read_checkpoint
 from .engine.launch import launch
 from .engine.method import Method
 from .engine.monitor import read_metrics
 from .engine.optimizer import OptimizerSettings
 from .engine.preflight import Estimate, measure
+from .engine.ranks import is_first
 from .engine.step import StepSettings
 from .engine.trainer import FitResult, fit
 from .errors import UserError
 from .files import write_sums
-from .methods import METHODS
-from .methods.semantic_genesis import SemanticGenesis
+from .methods import METHODS, Facts
 from .models import Backbone
 from .network import configured_network
-from .runs import Run, plan_run, reopen_run
+from .prepare import prepare_sample
+from .runs import Run, plan_run, recipe_of, reopen_run
+from .sampling import TEXT, samples_of, text_model_of
 from .seeding import key
+from .text.encoders import TextModel, keep_text_model
+from .text.studies import StudySamples, studies_of
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -86,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     workspace = Workspace.at(options.workspace)
+    if not options.resume:
+        _sample_for_want_of_scans(workspace, options)
     this = (reopen_run if options.resume else plan_run)(workspace, options)
     config, seed = this.config, this.record["seed"]
     if not 0 <= options.profile < config.train.steps:
@@ -94,10 +101,11 @@ def run(options: argparse.Namespace) -> None:
     backbone = configured_network(config, this.record["in_channels"])
     if config.train.recompute_activations:
         backbone.recompute_activations()
-    method = METHODS[config.method.name](config.method, backbone, this.found.table.classes)
+    text = text_model_of(this)
+    method = METHODS[config.method.name](config, backbone, _facts(this, text))
     this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
-    train, validation = _patches(this, fabric)
+    train, validation = samples_of(this, fabric, text)
     how: dict[str, Any] = {
         "validation": validation,
         "seed": seed,
@@ -109,18 +117,16 @@ def run(options: argparse.Namespace) -> None:
         "validate_every": config.train.validate_every,
         "workers": 0 if isinstance(train, ResidentPatches) else config.train.workers,
     }
-    patches = (this.found.table.split == "train").sum()
-    fabric.print(
-        f"Training {config.method.name} on {patches} patches of {this.found.table.classes} classes; "
-        f"{len(validation) if validation else 'no'} patches of held-out patients judge it."
-    )
+    what = "patches" if text is None else "studies"
+    judges = f"{len(validation) if validation else 'no'} {what} of held-out patients judge it"
+    fabric.print(f"Training {config.method.name} on {_amount(this)}; {judges}.")
     if options.dry_run:
         fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": this.begun, "profile": options.profile}
-    result = _fit(this, method, train, how, fabric, again)
+    result = _fit(this, method, text, train, how, fabric, again)
     if not isfinite(result.best_loss):
         if fabric.is_global_zero:
             this.write("finished")
@@ -130,18 +136,56 @@ def run(options: argparse.Namespace) -> None:
         )
     if fabric.is_global_zero:
         method.load_state_dict(read_checkpoint(this.folder / "checkpoints" / "best.pt")["method"])
-        _draw(this.folder, method.eval(), validation or train, this.record["spacing_mm"], fabric.device)
+        _draw(this, method.eval(), validation or train, fabric.device)
         write_sums(this.folder, "figures/*")
         this.write("finished")
-        print(_summary(result))
+        print(_summary(result, method))
         print(f"The run is in {this.folder}; next: {command(options, 'export')}")
 
 
-def _fit(this: Run, method: Method, train: Patches, how: dict[str, Any], fabric: "Fabric", again: str) -> FitResult:
+def _sample_for_want_of_scans(workspace: Workspace, options: argparse.Namespace) -> None:
+    """Make the sample cohort where there is no store, for methods that take no pseudo-labels."""
+    if (workspace.store / "audit.json").is_file() or not is_first():
+        return
+    if load_config(recipe_of(options), options.overrides).method.needs != "pseudo_labels":
+        prepare_sample(workspace, options.seed)
+
+
+def _facts(this: Run, text: TextModel | None) -> Facts:
+    material = this.material
+    train = material.store.select("train")
+    return Facts(
+        classes=material.table.classes if material.table is not None else 0,
+        modalities=tuple(one for one in MODALITIES if any(meta.modality == one for meta in train)),
+        targets=tuple(sorted({meta.target for meta in train if meta.target is not None})),
+        text=text,
+    )
+
+
+def _amount(this: Run) -> str:
+    """What is trained on, in words."""
+    if (table := this.material.table) is not None:
+        return f"{(table.split == 'train').sum()} patches of {table.classes} classes"
+    if reports := this.material.reports:
+        return f"{len(studies_of(this.material.store.select('train'), reports))} studies with reports"
+    return f"{len(this.material.store.select('train'))} volumes"
+
+
+def _fit(
+    this: Run,
+    method: Method,
+    text: TextModel | None,
+    train: Patches,
+    how: dict[str, Any],
+    fabric: "Fabric",
+    again: str,
+) -> FitResult:
     """Train, and note in the run when it is stopped; a new run that fails at once leaves nothing."""
     status = "stopped"
     if fabric.is_global_zero:
         this.write("running")
+        if text is not None and not (this.folder / TEXT).is_dir():
+            keep_text_model(text, this.folder / TEXT)
     try:
         result = fit(method, train, folder=this.folder, title="training", **how)
         status = "running"  # until the figures are drawn, too
@@ -167,55 +211,19 @@ def _trained(backbone: Backbone) -> list[str]:
     return ["encoder", "decoder"] if any(p.requires_grad for p in others) else ["encoder"]
 
 
-def _patches(this: Run, fabric: "Fabric") -> tuple[PseudoLabelPatches | ResidentPatches, Subset | None]:
-    """Training patches, and a fixed, even choice of the held-out ones, if there are any."""
-    config, found, record = this.config, this.found, this.record
-    spacing = record["spacing_mm"]
-    how: dict[str, Any] = {
-        "patch_size": config.data.patch_size,
-        "spacing_mm": None if spacing is None else tuple(spacing),
-        "window_hu": config.data.window_hu,
-        "seed": record["seed"],
-    }
-    train = PseudoLabelPatches(
-        found.store, found.table.select("train"), multi_resolution=config.discovery.multi_resolution, **how
-    )
-    rows = found.table.select("val")
-    held_out = ValidationPatches(found.store, rows, **how) if len(rows) else None
-    chosen = _evenly(len(rows), config.train.validation_samples)
-
-    used = sorted(set(found.table.volume.tolist()))
-    stay, why = residence([found.store[volume].meta for volume in used], fabric.device, config.data.resident)
-    fabric.print(why)
-    if not stay:
-        return train, Subset(held_out, chosen) if held_out else None
-    volumes = ResidentVolumes(found.store, used, config.data.window_hu, fabric.device)
-    judges = Subset(ResidentPatches(held_out, volumes), chosen) if held_out else None
-    return ResidentPatches(train, volumes), judges
-
-
-def _evenly(rows: int, count: int) -> list[int]:
-    """At most `count` rows, spread evenly over the table and so over its classes."""
-    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int).tolist()
-
-
-def _draw(
-    folder: Path, method: Method, patches: Patches, spacing_mm: Sequence[float] | None, device: torch.device
-) -> None:
+def _draw(this: Run, method: Method, samples: Patches, device: torch.device) -> None:
     """Pictures of the best step."""
-    from .viewing.training import learning_curves, restorations  # matplotlib takes a second to import
+    from .viewing.training import learning_curves, picture  # matplotlib takes a second to import
 
+    figures, spacing_mm = this.folder / "figures", this.record["spacing_mm"]
     learning_curves(
-        folder / "figures" / "learning_curves.png", read_metrics(folder, "train"), read_metrics(folder, "val")
+        figures / "learning_curves.png", read_metrics(this.folder, "train"), read_metrics(this.folder, "val")
     )
-    if isinstance(method, SemanticGenesis) and method.lambda_rec:
-        count = len(patches) if isinstance(patches, Subset) else PICTURED
-        rows = np.linspace(0, count - 1, min(PICTURED, count)).round().astype(int).tolist()
-        batch = default_collate([patches[row] for row in rows])
-        shown = method.restore({name: tensor.to(device) for name, tensor in batch.items()})
-        restorations(
-            folder / "figures" / "restorations.png", *shown, aspect=spacing_mm[1] / spacing_mm[0] if spacing_mm else 1.0
-        )
+    count = len(samples) if isinstance(samples, Subset | StudySamples) else PICTURED
+    rows = np.linspace(0, count - 1, min(PICTURED, count)).round().astype(int).tolist()
+    batch = default_collate([samples[row] for row in rows])
+    for name, columns in method.pictures({name: tensor.to(device) for name, tensor in batch.items()}).items():
+        picture(figures / f"{name}.png", columns, aspect=spacing_mm[1] / spacing_mm[0] if spacing_mm else 1.0)
 
 
 def _forecast(estimate: Estimate, settings: TrainConfig, folder: Path) -> str:
@@ -239,19 +247,10 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _summary(result: FitResult) -> str:
+def _summary(result: FitResult, method: Method) -> str:
     """The best step in words."""
-    figures = result.metrics
     lines = [f"Trained {result.step} steps; the best is step {result.best_step}, loss {result.best_loss:.4g}."]
-    if "input_mse" in figures:
-        lines.append(
-            f"  restoration error {figures['mse']:.4g}, against {figures['input_mse']:.4g} for the corrupted patch "
-            f"as it is and {figures['mean_mse']:.4g} for its mean"
-        )
-    if "knn_accuracy" in figures:
-        told = f"pseudo-label accuracy {figures['accuracy']:.1%}, " if "accuracy" in figures else "pseudo-labels: "
-        lines.append(f"  {told}k-NN on the features {figures['knn_accuracy']:.1%}; chance is {figures['chance']:.1%}")
-    return "\n".join(lines)
+    return "\n  ".join((*lines, *method.told(result.metrics)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from .backbone import Backbone
 from .build import build_backbone, build_described, wrap
 from .flexible_unet import FlexibleUNetBackbone
 from .heads import ClassificationHead, Classifier, RestorationCalibration
+from .projection import ProjectionHead
+from .prototypes import Prototypes
 from .published_unet import PublishedUNet, PublishedUNetBackbone
 from .unet import UNetBackbone
 
@@ -14,6 +16,8 @@ __all__ = [
     "ClassificationHead",
     "Classifier",
     "FlexibleUNetBackbone",
+    "ProjectionHead",
+    "Prototypes",
     "PublishedUNet",
     "PublishedUNetBackbone",
     "RestorationCalibration",

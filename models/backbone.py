@@ -62,6 +62,11 @@ class Backbone(nn.Module):
     def forward(self, x: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b o *spatial"]:
         return self.decode(self.encode(x))
 
+    def train_encoder_only(self) -> None:
+        """From now on the decoder stays as it is."""
+        self.network.requires_grad_(False)
+        self.encoder.requires_grad_(True)
+
     def recompute_activations(self) -> None:
         """From now on keep only what passes between blocks for the backward pass, and compute the rest a second time.
 

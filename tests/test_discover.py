@@ -13,9 +13,9 @@ from launched import srun, torchrun
 from genesis import cli
 from genesis import discover as verb
 from genesis.data.foreground import bounding_box, foreground_mask
-from genesis.data.patches import Endless, WholeVolumes
 from genesis.data.phantom import Acquisition, phantom
 from genesis.data.pseudo_labels import PseudoLabels
+from genesis.data.samplers import Endless, WholeVolumes
 from genesis.data.store import VolumeMeta, VolumeStore, write_volume
 from genesis.discovery import anatomy
 from genesis.discovery.latents import Reconstruction, encode, shrink

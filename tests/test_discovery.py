@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from genesis.data.phantom import Acquisition, phantom, write_sample_cohort
+from genesis.data.phantom import Acquisition, phantom
+from genesis.data.sample_cohort import write_sample_cohort
 from genesis.data.store import VolumeStore
 from genesis.discovery.anatomy import carried_anatomy
 from genesis.discovery.anchors import choose_anchors

@@ -213,7 +213,7 @@ def test_no_memory(root: Path) -> None:
     shutil.rmtree(root / "workspace" / "runs")
     limit = "m = int(open('/proc/self/statm').read().split()[0]) * 4096 + 5 * 10**8; "
     limit += "resource.setrlimit(resource.RLIMIT_AS, (m, m))"
-    code, error = limited(root, "train", limit, "--set", "train.batch_size=8192")
+    code, error = limited(root, "train", limit, "--set", "train.batch_size=1024")
     assert code == 2, error
     assert "memory" in error.splitlines()[-1]
     run(root, "train")

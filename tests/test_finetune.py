@@ -92,8 +92,6 @@ def refused(workspace: Path, capsys: pytest.CaptureFixture[str], *arguments: str
 class Recorder(Method):
     """Stands in for the segmentation; remembers the bytes that it was shown."""
 
-    needs = "labels"
-
     def __init__(self, seen: list[bytes]) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))

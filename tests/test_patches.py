@@ -10,19 +10,17 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from genesis.config import DataConfig
-from genesis.data.patches import (
+from genesis.data.patches import cut, cut_labels, cut_padded, resolve_spacing, window
+from genesis.data.pseudo_labels import PseudoLabels
+from genesis.data.samplers import (
     Endless,
+    HeldOutPatches,
     PseudoLabelPatches,
+    RandomPatches,
     ValidationPatches,
     WholeVolumes,
-    cut,
-    cut_labels,
-    cut_padded,
-    resolve_spacing,
-    window,
 )
-from genesis.data.pseudo_labels import PseudoLabels
-from genesis.data.store import Modality, VolumeMeta, VolumeStore, write_volume
+from genesis.data.store import Foreground, Modality, VolumeMeta, VolumeStore, write_volume
 from genesis.errors import UserError
 
 WINDOW = (-1000.0, 1000.0)
@@ -215,7 +213,7 @@ def test_crops_are_drawn_as_published(store: VolumeStore, monkeypatch: pytest.Mo
         boxes.append((list(centre), list(extent)))
         return torch.zeros(1), 0.0
 
-    monkeypatch.setattr("genesis.data.patches.cut_padded", record)
+    monkeypatch.setattr("genesis.data.samplers.cut_padded", record)
     patches = training(store, rows=1)
     for index in range(3000):
         patches[index]
@@ -299,3 +297,48 @@ def test_endless_serves_all_items_every_epoch(store: VolumeStore) -> None:
     for epoch in range(2):
         assert sorted(float(endless[6 * epoch + item]["image"].sum()) for item in range(6)) == sums
     assert len({int(endless[index]["key"]) for index in range(12)}) == 12
+
+
+def test_random_patches_lie_in_the_body_and_the_volume(tmp_path: Path) -> None:
+    """Their centres, where a patch has room around them; each volume once an epoch; every index again the same."""
+    mask = np.zeros((10, 9, 15), bool)  # cells of 4 × 4 × 2 voxels of 40 × 36 × 30
+    mask[2:5, 4:6, 7:11] = True
+    described = meta("a", target=3), meta("b", "mr", target=None)
+    for one in described:
+        array = np.zeros(one.shape, np.int16)
+        write_volume(tmp_path, array, one, foreground=Foreground(mask, (4, 4, 2)))
+    store = VolumeStore(tmp_path)
+    how = {"patch_size": (4, 4, 4), "spacing_mm": (2.0, 2.0, 2.0), "window_hu": WINDOW, "seed": 5}
+    random = RandomPatches(store, described, **how)  # type: ignore[arg-type]
+    boxes = random.boxes(range(200))
+    cell = (boxes.centre_mm / SPACING + 0.5) / (4, 4, 2)
+    assert (cell >= (2, 4, 7)).all()
+    assert (cell <= (5, 6, 11)).all()
+    assert (np.ptp(cell, axis=0) > (2.5, 1.5, 3.5)).all()
+    assert (boxes.volume.reshape(-1, 2).sum(1) == 1).all()
+    assert set(zip(boxes.about["modality"].tolist(), boxes.about["target"].tolist(), strict=True)) == {(0, 3), (1, -1)}
+    again = random.boxes([7])
+    assert (again.centre_mm[0] == boxes.centre_mm[7]).all()
+    assert again.key[0] == boxes.key[7]
+
+    wide = RandomPatches(store, described, **{**how, "patch_size": (36, 40, 40)}).boxes(range(50))  # type: ignore[arg-type]
+    low, high = wide.centre_mm - wide.extent_mm / 2, wide.centre_mm + wide.extent_mm / 2
+    upper = (np.array(SHAPE) - 0.5) * SPACING
+    assert (low > -np.array(SPACING) / 2 - 1e-9).all()
+    assert (high < upper + 1e-9).all()
+
+    slices = RandomPatches(store, described, **{**how, "patch_size": (8, 8), "spacing_mm": (2.0, 2.0)})  # type: ignore[arg-type]
+    heights = slices.boxes(range(40)).centre_mm[:, 2] / SPACING[2]
+    assert np.allclose(heights, heights.round())
+    assert slices[0]["image"].shape == (1, 8, 8)
+
+
+def test_random_patches_of_a_store_that_tells_the_box_alone(store: VolumeStore) -> None:
+    how = {"patch_size": (4, 4, 4), "spacing_mm": (2.0, 2.0, 2.0), "window_hu": WINDOW, "seed": 0}
+    random = RandomPatches(store, [store["a"].meta], **how)  # type: ignore[arg-type]
+    voxels = random.boxes(range(100)).centre_mm / SPACING
+    assert (voxels >= np.array([2, 3, 6]) - 0.5).all()
+    assert (voxels <= np.array([38, 30, 26]) - 0.5).all()
+    judges = HeldOutPatches(store, [store["a"].meta], length=7, **how)  # type: ignore[arg-type]
+    assert len(judges) == 7
+    assert judges[3]["key"] != random[3]["key"]

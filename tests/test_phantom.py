@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from genesis.data.cohort import find_cases
-from genesis.data.phantom import ORGANS, Acquisition, Phantom, phantom, write_sample_cohort
+from genesis.data.phantom import ORGANS, Acquisition, Phantom, phantom
+from genesis.data.sample_cohort import write_sample_cohort
 from genesis.seeding import generator
 
 SMALL = Acquisition(shape=(64, 56, 64), spacing_mm=(5.4, 5.4, 5.4), noise_hu=10.0)
@@ -27,7 +28,7 @@ def centre_mm(labels: np.ndarray, organ: str, spacing_mm: tuple[float, ...]) -> 
 
 @pytest.mark.parametrize("patient", range(3))
 def test_organs_have_plausible_densities_volumes_and_places(patient: int) -> None:
-    ct, labels, spacing = scan(patient)
+    ct, labels, spacing, *_ = scan(patient)
     assert ct.dtype == np.int16
     assert labels.dtype == np.uint8
     assert ct.shape == labels.shape == SMALL.shape

@@ -23,7 +23,7 @@ from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.step import StepSettings, TrainingStep
 from genesis.engine.trainer import LOG_EVERY
 from genesis.errors import UserError
-from genesis.methods import METHODS
+from genesis.methods import METHODS, Facts
 from genesis.models import Backbone, build_backbone
 
 SGD = OptimizerSettings("sgd", 0.05, clip_norm=1.0)  # Adam would blow up the rounding of gradients that are zero
@@ -45,7 +45,7 @@ def method_and_batch(**changes: object) -> tuple[Method, Batch]:
     """Semantic Genesis on a tiny UNet, whose loss is a mean over samples."""
     overrides = [f"method.{name}={value}" for name, value in changes.items()]
     config = load_config("semantic_genesis_3d", overrides)
-    method = METHODS[config.method.name](config.method, network("unet"), 3).train()
+    method = METHODS[config.method.name](config, network("unet"), Facts(classes=3)).train()
     batch = {"image": torch.rand(6, 1, 16, 16, 16), "label": torch.arange(6) % 3, "key": torch.arange(6)}
     return method, batch
 

@@ -5,7 +5,6 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -41,8 +40,6 @@ class Points(Dataset[dict[str, Tensor]]):
 
 class Regression(Method):
     """With dropout, so that torch's global generator matters too."""
-
-    needs: ClassVar[str] = "points"
 
     def __init__(self, dropout: float = 0.0, forward_hook: Callable[[int], None] = lambda calls: None) -> None:
         super().__init__()

@@ -14,12 +14,15 @@ from genesis.transforms import (
     BezierNonlinearity,
     Corruption,
     Curve,
+    EnergyBands,
     Flip,
     InPaint,
     LocalShuffle,
     OutPaint,
     Paint,
     Transform,
+    random,
+    shuffle,
 )
 from genesis.transforms.paint import Fill
 from genesis.transforms.shuffle import WORDS, _draw, _forms, _permute, _sources
@@ -34,6 +37,8 @@ TRANSFORMS: list[Transform] = [
     OutPaint("constant"),
     Paint(),
     Paint(0.5, "constant"),
+    EnergyBands(),
+    EnergyBands(0.5),
 ]
 ALL: list[Transform | Corruption] = [*TRANSFORMS, Corruption(), Corruption(1.0, 1.0, 1.0, 1.0, 0.5, "constant")]
 named = pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -295,12 +300,20 @@ def test_a_generator_used_again_corrupts_differently() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_equals_cpu_without_waiting() -> None:
-    x, streams = images(16, 2, 48, 40, 24), keys(16)
-    cpu = Corruption()(x, BatchGenerator(streams))
-    inputs = x.cuda(), BatchGenerator(streams.cuda())
-    Corruption()(*inputs)  # tables that depend on the shape alone are made once
-    with none_allowed():
-        cuda = Corruption()(*inputs)
-    for one, other in zip(cpu, cuda, strict=True):
-        torch.testing.assert_close(one, other.cpu(), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("spatial", [(96, 80), (48, 40, 24)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_cuda_equals_cpu_without_waiting(
+    spatial: tuple[int, ...], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernels of our own, where they work, and without."""
+    if not fused:
+        for module in (random, shuffle):
+            monkeypatch.setattr(module, "kernels", lambda device: None)
+    x, streams = images(16, 2, *spatial), keys(16)
+    there = x.cuda(), streams.cuda()
+    for transform, tolerance in ((Flip(), 0.0), (LocalShuffle(), 0.0), (Corruption(), 1e-5)):
+        parts(transform, *there)  # tables that depend on the shape alone are made once, kernels are compiled once
+        with none_allowed():
+            cuda = parts(transform, *there)
+        for one, other in zip(parts(transform, x, streams), cuda, strict=True):
+            torch.testing.assert_close(one, other.cpu(), atol=tolerance, rtol=0)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
+from .fused import kernels
+
 WEYL = 0x9E3779B9 - 2**32  # 2^32 / golden ratio
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32  # lowbias32 (C. Wellons, hash-prospector)
 
@@ -45,21 +47,33 @@ class BatchGenerator:
         """Generators of `count` further, independent streams of each sample."""
         return [self._derived(words, 0) for words in self.bits(count, 2).unbind(1)]
 
+    def divide(self, count: int) -> "BatchGenerator":
+        """The streams of `split(count)` as those of B · `count` samples; the parts of one sample follow each other."""
+        return self._derived(self.bits(count, 2).flatten(0, 1), 0)
+
     def select(self, samples: Int64[Tensor, "n"]) -> "BatchGenerator":
         """The streams of some of the samples, at the same position."""
         return self._derived(self._words[samples], self._count)
 
     def bits(self, *size: int) -> Int32[Tensor, "b ..."]:
         """(B, *size) int32, every bit pattern equally likely."""
-        counters = torch.arange(math.prod(size), dtype=torch.int32, device=self.device).mul_(WEYL)
-        low, high = self._words.unsqueeze(2).unbind(1)
-        words = counters + (low + _wrap(self._count * WEYL))
-        self._count += len(counters)
+        count = math.prod(size)
+        words, first = self.take(count)
+        fused = kernels(self.device)
+        if fused is not None:
+            return fused.bits(words, first, count).view(-1, *size)
+        low, high = words.unsqueeze(2).unbind(1)
+        counters = torch.arange(count, dtype=torch.int32, device=self.device).mul_(WEYL)
+        words = counters + (low + _wrap(first * WEYL))
         words = _fold(words, 16).mul_(FIRST).add_(high)
         return _fold(_fold(words, 15).mul_(SECOND), 16).view(-1, *size)
 
     def uniform(self, *size: int) -> Float[Tensor, "b ..."]:
         """(B, *size) float32, uniform in [0, 1) in steps of 2^-24."""
+        fused = kernels(self.device)
+        if fused is not None:
+            count = math.prod(size)
+            return fused.uniform(*self.take(count), count).view(-1, *size)
         return (self.bits(*size) >> 8).bitwise_and_(0xFFFFFF).float().mul_(2**-24)
 
     def integers(
@@ -67,6 +81,15 @@ class BatchGenerator:
     ) -> Int64[Tensor, "b ..."]:
         """(B, *size) int64, uniform in low to high - 1 (range < 2^31); both broadcast against the result."""
         return ((self.bits(*size).long() & 0xFFFFFFFF) * (high - low) >> 32) + low
+
+    def take(self, count: int) -> tuple[Int32[Tensor, "b 2"], int]:
+        """Leaves `count` numbers to the caller, who hashes them: the words of each stream, and the first number's n.
+
+        n is an int32, modulo 2^32.
+        """
+        first = _wrap(self._count)
+        self._count += count
+        return self._words.contiguous(), first
 
     def _derived(self, words: Tensor, count: int) -> "BatchGenerator":
         other = object.__new__(BatchGenerator)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .base import Transform
+from .fused import kernels
 from .random import BatchGenerator
 
 COVERAGE = 1.87  # voxels of all windows / voxels of the image
-ROUNDS = 9  # of the permutation; in 2^-9 of all cases two voxels of a window stay as they were to each other
-ROUNDS_PER_TURN = 3
-WORDS = 1 + ROUNDS // ROUNDS_PER_TURN  # random int16 per window
+TURNS, ROUNDS_PER_TURN = 3, 3
+ROUNDS = TURNS * ROUNDS_PER_TURN  # in 2^-9 of all cases two voxels of a window stay as they were to each other
+WORDS = 1 + TURNS  # random int16 per window
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class LocalShuffle(Transform[Tensor]):
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Int64[Tensor, "b *spatial"]:
         batch, _, *spatial = shape
         forms = _forms(tuple(spatial), generator.device)
+        fused = kernels(generator.device)
+        if fused is not None:
+            numbers = (1 + len(spatial) + WORDS // 2) * forms.windows
+            return fused.sources(*generator.take(numbers), forms).view(batch, *spatial)
         # Off the CPU the number of slots must not depend on the draws: the host would have to wait for the device.
         slots = None if generator.device.type == "cpu" else forms.slots(batch)
         source = _sources(_draw(forms, generator, slots), forms).view(batch, -1)
@@ -48,18 +53,24 @@ class LocalShuffle(Transform[Tensor]):
         return x.flatten(2).gather(2, source).view(x.shape)
 
 
-class _Forms(NamedTuple):
+class Forms(NamedTuple):
     """The forms of windows, that is, combinations of sides, for images of one shape."""
 
     spatial: tuple[int, ...]
     windows: int  # per image
     mean: float  # of the windows' volumes
     variance: float
-    dtype: torch.dtype  # integers that hold twice the largest volume
+    largest: int  # of the volumes
+    dtype: torch.dtype  # integers that hold twice that
     volumes: Int32[Tensor, "forms"]
     places: Float[Tensor, "axes forms"]  # how many along each axis
+    strides: Int32[Tensor, "axes"]  # of the image
     starts: Int32[Tensor, "forms"]  # of each form in the offsets
     offsets: Int32[Tensor, "offsets"]  # flat indices of the voxels of each form relative to its corner, and a last 0
+
+    @property
+    def voxels(self) -> int:
+        return math.prod(self.spatial)
 
     def slots(self, batch: int) -> int:
         """The voxels of all windows of a batch, an upper bound: the mean and eight standard deviations."""
@@ -82,7 +93,7 @@ class _Windows(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _forms(spatial: tuple[int, ...], device: torch.device) -> _Forms:
+def _forms(spatial: tuple[int, ...], device: torch.device) -> Forms:
     longest = [max(1, dim // 10) for dim in spatial]
     mean = math.prod((1 + side) / 2 for side in longest)
     variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in longest) - mean**2
@@ -90,31 +101,33 @@ def _forms(spatial: tuple[int, ...], device: torch.device) -> _Forms:
     sides = list(product(*(range(1, side + 1) for side in longest)))
     index = torch.arange(math.prod(spatial), dtype=torch.int32).view(spatial)
     offsets = [index[tuple(slice(side) for side in form)].flatten() for form in sides]
-    volumes = torch.tensor([len(form) for form in offsets])
-    return _Forms(
+    volumes, strides = torch.tensor([len(form) for form in offsets]), torch.tensor(index.stride())
+    largest = int(volumes[-1])
+    return Forms(
         spatial,
         windows,
         mean,
         variance,
-        torch.int16 if len(offsets[-1]) < 2**14 else torch.int32,
+        largest,
+        torch.int16 if largest < 2**14 else torch.int32,
         volumes.int().to(device),
-        (torch.tensor(spatial) - torch.tensor(sides) + 1).T.float().to(device),
+        (torch.tensor(spatial) - torch.tensor(sides) + 1).T.float().contiguous().to(device),
+        strides.int().to(device),
         (volumes.cumsum(0) - volumes).int().to(device),
         torch.cat((*offsets, offsets[0])).to(device),
     )
 
 
-def _draw(forms: _Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
+def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
     """Random windows with `slots` in all (None: as many as they take); what goes beyond is cut off."""
     form, *places = generator.uniform(1 + len(forms.spatial), forms.windows).transpose(0, 1).flatten(1)
     words = generator.bits(WORDS // 2, forms.windows).view(torch.int16).view(len(generator), WORDS, forms.windows)
     form = (form * len(forms.volumes)).int()  # sides are independent and uniform, hence forms equally likely
-    voxels = math.prod(forms.spatial)
-    corners = torch.arange(len(generator), dtype=torch.int32, device=form.device).mul_(voxels)
+    corners = torch.arange(len(generator), dtype=torch.int32, device=form.device).mul_(forms.voxels)
     corners = corners.repeat_interleave(forms.windows)
     for axis, place in enumerate(places):
         place = (place * forms.places[axis].index_select(0, form)).int()
-        corners += place.mul_(math.prod(forms.spatial[axis + 1 :]))
+        corners += place.mul_(forms.strides[axis])
     ends = forms.volumes.index_select(0, form).cumsum(0, dtype=torch.int32)
     if slots is None:
         slots = int(ends[-1])
@@ -125,19 +138,19 @@ def _draw(forms: _Forms, generator: BatchGenerator, slots: int | None) -> _Windo
         pad(ends, (0, 1), value=slots) - first_slots,
         first_slots,
         pad(forms.starts.index_select(0, form), (0, 1), value=len(forms.offsets)),
-        pad(corners, (0, 1), value=len(generator) * voxels),
+        pad(corners, (0, 1), value=len(generator) * forms.voxels),
         pad(words.transpose(0, 1).flatten(1), (0, 1)),
     )
 
 
-def _sources(windows: _Windows, forms: _Forms) -> Int32[Tensor, "voxels"]:
+def _sources(windows: _Windows, forms: Forms) -> Int32[Tensor, "voxels"]:
     """The voxel that each voxel of the batch shows, as flat indices in the batch."""
     window = torch.repeat_interleave(windows.volumes, output_size=windows.slots)
     slot = torch.arange(windows.slots, dtype=torch.int32, device=window.device)
     offset = (windows.starts - windows.first_slots).index_select(0, window).add_(slot)
     offset.clamp_(max=len(forms.offsets) - 1)
     voxel = forms.offsets.index_select(0, offset).add_(windows.corners.index_select(0, window))
-    own = torch.arange(windows.images * math.prod(forms.spatial), dtype=torch.int32, device=window.device)
+    own = torch.arange(windows.images * forms.voxels, dtype=torch.int32, device=window.device)
     shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
     shown = shown.scatter_reduce_(0, voxel.long(), slot, "amax")[:-1]
     slot = shown.clamp(min=0)

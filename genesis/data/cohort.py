@@ -1,11 +1,9 @@
-"""Find the scans of a cohort: a folder, a CSV table, or a Decathlon or nnU-Net dataset.json. No voxels are read.
+"""Find the scans of a cohort: a folder, a table, or a Decathlon or nnU-Net dataset.json. No voxels are read.
 
 A case is a scan to be; cases are listed even where their files are missing or no images, so that reading says why.
 Who the patient of a case is, where no table or DICOM header tells, is worked out in patients.py.
 """
 
-import csv
-import difflib
 import hashlib
 import os
 from collections import Counter
@@ -19,13 +17,14 @@ from ..files import read_json
 from .dicom import group_series, is_dicom
 from .formats import suffix
 from .patients import channel_groups, name_patients, stem
+from .reports import Report, report_of, shared
 from .store import Modality
+from .tables import read_table
 
 Split = Literal["train", "val", "test"]
 
 SPLITS: dict[str, Split] = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                             "test": "test", "testing": "test"}  # fmt: skip
-COLUMNS = ("image", "patient_id", "modality", "split", "label", "target")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Case:
 
     images: the file; or all files of a DICOM series; or one file per channel.
     patient: raw id, hashed before anything is stored. name: what a person calls the case.
-    split: as the table has it, else None. target: class of the whole scan.
+    split: as the table has it, else None. target: class of the whole scan. report: with the study's raw id.
     """
 
     images: tuple[Path, ...]
@@ -44,6 +43,7 @@ class Case:
     modality: Modality | None = None
     split: Split | None = None
     target: int | None = None
+    report: Report | None = None
 
     @property
     def path(self) -> str:
@@ -82,17 +82,17 @@ class Cohort:
 
 
 def find_cases(data: Path) -> Cohort:
-    """The cohort at `data`: a folder (searched recursively), a CSV, a dataset.json, or one scan.
+    """The cohort at `data`: a folder (searched recursively), a CSV, a JSONL, a dataset.json, or one scan.
 
     In a folder with a dataset.json the files it lists are taken as it says, all others as further unlabelled scans.
     Raises `UserError` when nothing is there, or a table cannot be understood.
     """
     if not data.exists():
-        raise UserError(f"{data} does not exist; --data takes a folder of scans, a CSV, or a dataset.json.")
+        raise UserError(f"{data} does not exist; --data takes a folder of scans, a CSV, a JSONL, or a dataset.json.")
     listed = data / "dataset.json" if data.is_dir() else data
     if listed.suffix.lower() == ".json" and listed.is_file():
         cohort = _dataset(listed)
-    elif listed.suffix.lower() == ".csv":
+    elif listed.suffix.lower() in (".csv", ".jsonl"):
         cohort = Cohort(tuple(_table(listed)), {}, data)
     else:
         cohort = Cohort((), {}, data)
@@ -106,7 +106,7 @@ def find_cases(data: Path) -> Cohort:
     if not cases:
         raise UserError(
             f"{data} holds no scans; what is read: NIfTI, NRRD, MHA/MHD, MGZ, DICOM series, PNG, JPEG; "
-            "or pass a CSV with a column image, or a dataset.json."
+            "or pass a CSV or JSONL with a column image, or a dataset.json."
         )
     unnamed = {case: _place(case) for case in cases if not case.patient}
     patients = name_patients(list(unnamed.values()), data if data.is_dir() else data.parent)
@@ -192,27 +192,11 @@ def _scans(paths: Iterator[Path]) -> list[Case]:
 
 
 def _table(path: Path) -> Iterator[Case]:
-    """The rows of a CSV with a column `image` and any others of `COLUMNS`; paths are relative to it."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise UserError(f"{path} cannot be read as a CSV in UTF-8.") from None
-    if "image" not in columns:
-        hint = "; separate columns by commas, not semicolons" if any(";" in name for name in columns) else ""
-        raise UserError(f"{path} has no column `image` (there: {', '.join(columns) or 'nothing'}){hint}.")
-    for column in columns:
-        close = difflib.get_close_matches(column.lower(), COLUMNS, 1, cutoff=0.75)
-        if close and close[0] not in columns:
-            raise UserError(f"{path} has a column `{column}`; is `{close[0]}` meant? Correct or rename it.")
+    """The rows of a table, see `read_table`; paths are relative to it."""
+    rows = read_table(path)
+    reports = shared(rows)
     seen: set[Path] = set()
-    for number, row in enumerate(rows, 2):
-        where = f"{path}, line {number}"
-        if not row["image"] or "\0" in "".join(row.values()):
-            raise UserError(f"{where}: the column `image` is empty, or the line holds a zero byte.")
+    for where, row in rows:
         image = path.parent / row["image"]
         if image in seen:
             raise UserError(f"{where}: {row['image']} is listed twice.")
@@ -232,11 +216,12 @@ def _table(path: Path) -> Iterator[Case]:
         yield Case(
             tuple(file for one in series for file in one.files) or (image,),
             stem(image),
-            row.get("patient_id") or (series[0].patient if series else None) or "",
+            row.get("patient_id") or (series[0].patient if series else None) or row.get("study_id") or "",
             path.parent / label if label else None,
             cast(Modality, modality) if modality else None,
             split,
             int(target) if target else None,
+            reports.get(where),
         )
 
 
@@ -294,7 +279,7 @@ def _entry(folder: Path, entry: Any, split: Split | None) -> Case:
     if fields.get("split", "train") not in SPLITS:
         raise UserError(f"{folder / 'dataset.json'}: split {fields['split']!r} is none of train, val, test.")
     patient, split = str(fields.get("patient_id") or ""), SPLITS[fields["split"]] if "split" in fields else split
-    return Case(images, name, patient, label, None, split, target)
+    return Case(images, name, patient, label, None, split, target, report_of(fields, name))
 
 
 def _label_names(labels: dict[str, Any]) -> dict[int, str]:

@@ -3,6 +3,8 @@
 import numpy as np
 from scipy import ndimage
 
+from .store import Foreground
+
 COARSE_MM = 4.0
 BODY_HU = -500.0
 TABLE_MM = 10.0  # what is thinner goes: the table, tubes, blankets
@@ -13,8 +15,8 @@ IN_PLANE = np.zeros((3, 3, 3), dtype=bool)  # what touches what within a slice
 IN_PLANE[1, :, 1] = IN_PLANE[:, 1, 1] = True
 
 
-def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], modality: str) -> np.ndarray:
-    """The body in a volume (x, y, z) of physical values: bool on the same grid, in steps of about 4 mm.
+def find_foreground(array: np.ndarray, spacing_mm: tuple[float, float, float], modality: str) -> Foreground:
+    """The body in a volume (x, y, z) of physical values, in cells of about 4 mm.
 
     CT: the largest thing denser than −500 HU without thin sheets (the table), its holes (lungs) included. Otherwise
     what Otsu's threshold separates from air, and everything where there is no air. Everything, too, when nothing is
@@ -24,13 +26,23 @@ def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], m
     coarse = _means(array, steps)
     coarse_mm = [step * mm for step, mm in zip(steps, spacing_mm, strict=True)]
     coarse = ndimage.gaussian_filter(coarse, [COARSE_MM / 2 / mm for mm in coarse_mm])
-    if coarse.min() == coarse.max():
-        return np.ones(array.shape, dtype=bool)
-    mask = _largest(_ct_body(coarse, coarse_mm) if modality == "ct" else _not_air(coarse))
-    mask = _without_holes(mask)
-    if not mask.any():
-        return np.ones(array.shape, dtype=bool)
-    for axis, (step, side) in enumerate(zip(steps, array.shape, strict=True)):
+    mask = np.ones(coarse.shape, dtype=bool)
+    if coarse.min() < coarse.max():
+        body = _largest(_ct_body(coarse, coarse_mm) if modality == "ct" else _not_air(coarse))
+        body = _without_holes(body)
+        mask = body if body.any() else mask
+    return Foreground(mask, tuple(steps))
+
+
+def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], modality: str) -> np.ndarray:
+    """The same as bool on the grid of the volume."""
+    return enlarged(find_foreground(array, spacing_mm, modality), array.shape)
+
+
+def enlarged(foreground: Foreground, shape: tuple[int, ...]) -> np.ndarray:
+    """Cells → voxels (x, y, z)."""
+    mask = foreground.mask
+    for axis, (step, side) in enumerate(zip(foreground.steps, shape, strict=True)):
         mask = np.take(mask, np.minimum(np.arange(side) // step, mask.shape[axis] - 1), axis)
     return mask
 
@@ -38,9 +50,10 @@ def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], m
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Per axis the first voxel that is set and the one behind the last."""
     box = []
-    for axis in range(mask.ndim):
-        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+    while mask.ndim:
+        found = np.flatnonzero(mask.any(axis=tuple(range(1, mask.ndim))))
         box.append((int(found[0]), int(found[-1]) + 1))
+        mask = np.asarray(mask.any(axis=0))
     return tuple(box)
 
 

@@ -4,7 +4,6 @@ Nothing here trusts a header: sizes are compared with the file before memory is 
 passed on, for they name files.
 """
 
-import gzip
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
+from isal import igzip  # inflates twice as fast as zlib
 
 NIFTI = (".nii", ".nii.gz")
 MGH = (".mgz", ".mgh")
@@ -173,14 +173,14 @@ def _nibabel(path: Path) -> Raw:
         affine[:3] *= {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
         if header["qform_code"] == 0 and header["sform_code"] == 0:
             notes.append("the header gives no orientation; axes are taken to run left, anterior, superior")
-    with gzip.open(path) if compressed else path.open("rb") as stream:
+    with igzip.open(path) if compressed else path.open("rb") as stream:
         stream.seek(image.dataobj.offset)
         raw = _voxels(stream, image.dataobj.dtype, math.prod(shape)).reshape(shape, order="F")
     array = rescaled(raw, image.dataobj.slope, image.dataobj.inter)
     return Raw(_channels_first(array), affine, notes=tuple(notes))
 
 
-def _voxels(stream: BinaryIO | gzip.GzipFile, dtype: np.dtype, count: int) -> np.ndarray:
+def _voxels(stream: BinaryIO | igzip.IGzipFile, dtype: np.dtype, count: int) -> np.ndarray:
     """Stored voxels in native byte order, double precision as float32.
 
     nibabel holds them twice, and stops before the checksum at the end of a gzip stream, which shows damage.
@@ -198,7 +198,7 @@ def _voxels(stream: BinaryIO | gzip.GzipFile, dtype: np.dtype, count: int) -> np
 
 def _check_nifti_spacing(path: Path, header_class: type[nib.Nifti1Header], shape: tuple[int, ...]) -> None:
     """nibabel replaces zero and negative spacings silently: look at the header as it is."""
-    with gzip.open(path) if suffix(path) == ".nii.gz" else path.open("rb") as stream:
+    with igzip.open(path) if suffix(path) == ".nii.gz" else path.open("rb") as stream:
         pixdim = header_class.from_fileobj(stream, check=False)["pixdim"][1:4]
     if any(side > 1 and not (step > 0 and math.isfinite(step)) for side, step in zip(shape, pixdim, strict=False)):
         raise Quarantine(f"voxel size {' × '.join(f'{step:g}' for step in pixdim)} mm in the header")

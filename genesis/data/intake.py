@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from .cohort import Case, Split, encoded
-from .foreground import bounding_box, foreground_mask
+from .foreground import bounding_box, enlarged, find_foreground
 from .likeness import likeness
 from .quantization import quantize
 from .scans import Quarantine, Scan, read_label_map, read_scan
-from .store import Box, Modality, Volume, VolumeMeta, write_volume
+from .store import Box, Foreground, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
@@ -93,8 +93,8 @@ def _take_in(task: Task) -> Outcome:
         labels = read_label_map(case.label, scan) if case.label else None
     except Quarantine as fault:
         return Outcome(reason=f"label map: {fault}", misfit=True)
-    meta, stored = _measure(scan, case, task.modality, task.split, task.key)
-    write_volume(task.folder, stored, meta, labels)
+    meta, stored, foreground = _measure(scan, case, task.modality, task.split, task.key)
+    write_volume(task.folder, stored, meta, labels, foreground)
     return Outcome(meta.volume, notes=notes)
 
 
@@ -126,7 +126,8 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
 
 def in_memory(scan: Scan, case: Case, modality: Modality) -> Volume:
     """A scan as a volume that is in no store: the same integers and figures, its ids without a key."""
-    return _InMemory(*_measure(scan, case, modality, "test", b""))
+    meta, stored, _ = _measure(scan, case, modality, "test", b"")
+    return _InMemory(meta, stored)
 
 
 class _InMemory(Volume):
@@ -141,13 +142,16 @@ class _InMemory(Volume):
         return None
 
 
-def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: bytes) -> tuple[VolumeMeta, np.ndarray]:
+def _measure(
+    scan: Scan, case: Case, modality: Modality, split: Split, key: bytes
+) -> tuple[VolumeMeta, np.ndarray, Foreground]:
     array = scan.array
     quantized = quantize(array)
     layout = repr((quantized.array.shape, quantized.scale, quantized.offset)).encode()
     source = hashed(key, "voxels", layout, quantized.array.data)
-    mask = foreground_mask(array[0], scan.spacing_mm, modality)
-    percentiles = [np.percentile(channel[mask], (0.5, 99.5)) for channel in array]
+    foreground = find_foreground(array[0], scan.spacing_mm, modality)
+    mask = enlarged(foreground, array.shape[1:])
+    percentiles = [_percentiles(channel[mask], (0.5, 99.5)) for channel in array]
     channels, x, y, z = array.shape
     box = bounding_box(mask)
     meta = VolumeMeta(
@@ -170,4 +174,16 @@ def _measure(scan: Scan, case: Case, modality: Modality, split: Split, key: byte
         content=hashed(b"", "voxels", layout, quantized.array.data),
         likeness=likeness(array[0]),
     )
-    return meta, quantized.array
+    return meta, quantized.array, foreground
+
+
+def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> np.ndarray:
+    """`np.percentile`; of 16-bit integers, which are counted instead of sorted, in a quarter of the time."""
+    if values.dtype not in (np.int16, np.uint16):
+        return np.percentile(values, percents)
+    low = int(values.min())
+    ranks = np.bincount(values.view(np.uint16) - np.uint16(low % 2**16)).cumsum()
+    places = np.array(percents) / 100 * (values.size - 1)
+    below, above = (low + np.searchsorted(ranks[:-1], np.floor(places) + step, side="right") for step in (0, 1))
+    share = places - np.floor(places)  # the sum from the nearer end, as in NumPy, for the same last bit
+    return np.where(share < 0.5, below + (above - below) * share, above - (above - below) * (1 - share))

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..progress import progress
 from ..seeding import generator, key
-from .patches import Sample, cut, cut_labels, shuffled
+from .patches import cut, cut_labels
 from .resample import axis_weights, resample
+from .samplers import Sample, shuffled
 from .store import VolumeMeta, VolumeStore
 
 CANDIDATES = 1000  # labelled voxels remembered per class and case: many times the patches ever centred on one
@@ -179,19 +180,34 @@ class LabelledImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         case = index if self.seed is None else shuffled(index, len(self.metas), self.seed)
         meta = self.metas[case]
-        centre, extent = body_box(meta, self.patch_size, self.spacing_mm)
-        if self.seed is not None:
-            source = generator(self.seed, "labelled image", index)
-            scale = _uniform(source, *SCALING)
-            extent = tuple(length * scale for length in extent)
-            shift = [0.05 * length * _uniform(source, -1.0, 1.0) for length in extent]
-            centre = (*(c + s for c, s in zip(centre, shift, strict=False)), *centre[len(extent) :])
-        image = cut(self.store[meta.volume], centre, extent, self.patch_size, self.window_hu)
+        source = None if self.seed is None else generator(self.seed, "labelled image", index)
         return {
-            "image": image if self.seed is None else _jitter(image, source),
+            "image": body_image(self.store, meta, self.patch_size, self.spacing_mm, self.window_hu, source),
             "label": torch.tensor(self.targets.index(meta.target)),
             "key": torch.tensor(index),
         }
+
+
+def body_image(
+    store: VolumeStore,
+    meta: VolumeMeta,
+    patch_size: tuple[int, ...],
+    spacing_mm: tuple[float, ...] | None,
+    window_hu: tuple[float, float] | None,
+    source: torch.Generator | None,
+) -> Float[Tensor, "c *patch"]:
+    """The whole body as one patch in [0, 1], see `body_box`; with a generator extent, place and intensities vary.
+
+    There are no left-right flips, for labels and reports name sides.
+    """
+    centre, extent = body_box(meta, patch_size, spacing_mm)
+    if source is not None:
+        scale = _uniform(source, *SCALING)
+        extent = tuple(length * scale for length in extent)
+        shift = [0.05 * length * _uniform(source, -1.0, 1.0) for length in extent]
+        centre = (*(c + s for c, s in zip(centre, shift, strict=False)), *centre[len(extent) :])
+    image = cut(store[meta.volume], centre, extent, patch_size, window_hu)
+    return image if source is None else _jitter(image, source)
 
 
 def whole_box(

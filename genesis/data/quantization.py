@@ -31,7 +31,10 @@ def quantize(values: np.ndarray) -> Quantized:
         scales.append(scale)
         offsets.append(offset)
         if scale == 1 and channel.dtype.kind in "iu":
-            np.subtract(channel, int(offset), out=target, dtype=np.int64, casting="unsafe")
+            if offset == 0:
+                target[...] = channel
+            else:
+                np.subtract(channel, int(offset), out=target, dtype=np.int64, casting="unsafe")
             continue
         # Plane by plane, because float64 copies would be the largest arrays of all.
         for plane, stored in zip(channel, target, strict=True):

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..progress import progress
-from .patches import Sample, TablePatches, window_line
+from .patches import window_line
 from .resample import local_range, local_weights, resample
+from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
 
@@ -148,19 +149,18 @@ class ResidentVolumes:
 class ResidentPatches(Dataset[Sample]):
     """The samples of `patches`, cut from `volumes` where those are. A loader gets them as whole batches."""
 
-    def __init__(self, patches: TablePatches, volumes: ResidentVolumes) -> None:
+    def __init__(self, patches: Patches, volumes: ResidentVolumes) -> None:
         self.patches, self.volumes = patches, volumes
-        self._volume = np.searchsorted(volumes.ids, patches.table.volume)
+        self._volume = np.searchsorted(volumes.ids, patches.volumes)
 
     def __getitems__(self, indices: Sequence[int]) -> Sample:
         """The batch of these samples: what `torch.utils.data.default_collate` makes of the items."""
         boxes = self.patches.boxes(indices)
         image, padding = self.volumes.cut(
-            self._volume[boxes.row], boxes.centre_mm, boxes.extent_mm, self.patches.patch_size
+            self._volume[boxes.volume], boxes.centre_mm, boxes.extent_mm, self.patches.patch_size
         )
-        numbers = torch.from_numpy(np.stack([self.patches.table.class_[boxes.row], boxes.key]))
-        label, key = _to_device(numbers, self.volumes.device)
-        return {"image": image, "label": label, "key": key, "padding": padding}
+        numbers = _to_device(torch.from_numpy(np.stack([*boxes.about.values(), boxes.key])), self.volumes.device)
+        return {"image": image, **dict(zip((*boxes.about, "key"), numbers, strict=True)), "padding": padding}
 
     def volumes_of(self, indices: Sequence[int]) -> list[str]:
         return self.patches.volumes_of(indices)

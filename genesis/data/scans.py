@@ -161,7 +161,8 @@ def _oriented(raw: Raw) -> Scan:
     turned = [nib.orientations.apply_orientation(channel, orientation) for channel in raw.array]
     array = np.empty((len(turned), *turned[0].shape), raw.array.dtype)  # np.stack would keep the file's order in memory
     for channel, target in zip(turned, array, strict=True):
-        target[...] = channel
+        for row in range(channel.shape[1]):  # a plane fits into the cache, where turning the order in memory is quick
+            target[:, row] = channel[:, row].copy("K")
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     x, y, z = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
     return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.device, raw.notes)

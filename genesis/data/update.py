@@ -125,7 +125,10 @@ def update_store(
 def _anywhere(case: Case) -> Case:
     """The case for a process with another working directory."""
     return replace(
-        case, images=tuple(file.absolute() for file in case.images), label=case.label and case.label.absolute()
+        case,
+        images=tuple(file.absolute() for file in case.images),
+        label=case.label and case.label.absolute(),
+        report=None,  # it stays here
     )
 
 

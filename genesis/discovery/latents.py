@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..config import AutoencoderConfig
-from ..data.patches import Endless, Sample, WholeVolumes
+from ..data.samplers import Endless, Sample, WholeVolumes
 from ..data.store import VolumeMeta, VolumeStore
 from ..engine.method import Batch, Method, Output
 from ..engine.optimizer import OptimizerSettings
@@ -56,8 +56,6 @@ def shrink(volumes: WholeVolumes, file: Path, advance: Callable[[], None]) -> Sh
 
 class Reconstruction(Method):
     """Mean squared error of the autoencoder's reconstruction of whole volumes, or axial slices, in [0, 1]."""
-
-    needs: ClassVar[str] = "volumes"
 
     def __init__(self, spatial_dims: int, channels: Sequence[int], in_channels: int) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ def discover(
     seed: int,
 ) -> dict[str, Any]:
     """Write everything but the checksums into `folder`; the first process does, and returns discovery.json."""
+    assert config.discovery is not None
     settings, metas = config.discovery, [*train, *held_out]
     box: dict[str, Any] = {"patch_size": config.data.patch_size, "spacing_mm": spacing_mm}
     window: dict[str, Any] = {"window_hu": config.data.window_hu}
@@ -91,7 +92,7 @@ def discover(
         "in_channels": train[0].shape[0],
         "spacing_mm": spacing_mm,
         "data": config.data.model_dump(mode="json", exclude={"resident"}),
-        "discovery": config.discovery.model_dump(mode="json"),
+        "discovery": settings.model_dump(mode="json"),
         "classes": table.classes,
         "rows": len(table),
         "patients": len(set(table.patient.tolist())),

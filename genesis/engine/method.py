@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key; "padding" (B,), where it is
-# known, is the share of a patch that lies outside its volume, whose mean is logged.
+# Always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key. Of random patches also
+# "modality" (B,), the number in MODALITIES, and "target" (B,), the volume's class or NO_TARGET; of pseudo-labelled ones
+# "label" (B,). "padding" (B,), where it is known, is the share of a patch that lies outside its volume; its mean is
+# logged.
 Batch = dict[str, Tensor]
 
 
@@ -18,7 +20,7 @@ class Output:
     """What one forward pass yields.
 
     losses: scalar terms, already weighted; the trainer minimises their sum.
-    metrics: detached scalars to log.
+    metrics: detached scalars to log; in training of the same names in every step.
     """
 
     losses: dict[str, Tensor]
@@ -26,9 +28,12 @@ class Output:
 
 
 class Method(nn.Module):
-    """A pretraining or fine-tuning method. All its state is parameters, buffers and submodules."""
+    """A pretraining or fine-tuning method. All its state is parameters, buffers and submodules.
 
-    needs: ClassVar[str]  # "patches" | "pseudo_labels" | "labels" | …: which sampler feeds it
+    What export takes is called `backbone`. A step that is not finite is undone: buffers and parameters without
+    gradient, a momentum teacher's, are put back. Of several processes all call `forward` in training, with equal shares
+    of the batch; the first alone validates, so in `eval` mode a method must not wait for others.
+    """
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
@@ -46,6 +51,17 @@ class Method(nn.Module):
     def collapsed(self, figures: dict[str, float]) -> list[str]:
         """What a validation's figures show to be no better than a constant answer, in words; default: nothing."""
         return []
+
+    def told(self, figures: dict[str, float]) -> list[str]:
+        """A validation's figures in words, a line each; default: nothing."""
+        return []
+
+    def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """What to draw of some held-out samples: by name of the figure, columns of images (B, C, *spatial) by title.
+
+        Images are in [0, 1], a column "difference" in [-0.5, 0.5]. Default: nothing.
+        """
+        return {}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -56,6 +57,34 @@ def largest(fabric: "Fabric", number: int) -> int:
     value = torch.tensor(number)
     torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_patient_group())
     return int(value)
+
+
+def gathered(mine: "Tensor") -> "Tensor":
+    """The rows of all processes, in their order, with their gradient; every process has as many.
+
+    Each process' gradient of its rows is the sum of what all processes make of them: where each takes the mean loss of
+    its own rows and the gradients are averaged, as DDP does, it is that of one process with all rows.
+    """
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return mine
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, rows: "Tensor") -> "Tensor":
+            parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, rows.contiguous())
+            return torch.cat(parts)
+
+        @staticmethod
+        def backward(_: Any, gradient: "Tensor") -> "Tensor":
+            total = gradient.contiguous().clone()
+            torch.distributed.all_reduce(total)
+            return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+    gathered: Tensor = Gather.apply(mine)
+    return gathered
 
 
 def is_first() -> bool:

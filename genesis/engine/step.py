@@ -81,10 +81,10 @@ class TrainingStep:
 
         Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
         """
-        buffers = [buffer.clone() for buffer in self._method.buffers()]
+        kept = [(tensor, tensor.clone()) for tensor in _without_gradient(self._method)]
         try:
             terms = self._gradients_or_eager(batch, step)
-            self._update(step, torch.stack([part["loss"] for part in terms]).sum(), buffers)
+            self._update(step, torch.stack([part["loss"] for part in terms]).sum(), kept)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,7 +127,7 @@ class TrainingStep:
                 terms.append({name: value.detach() for name, value in values.items()})
         return terms
 
-    def _update(self, step: int, loss: Tensor, buffers: list[Tensor]) -> None:
+    def _update(self, step: int, loss: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
         self._rule.set_rate(self.optimizer, step, self._steps)
         self._method.before_optimizer_step(step)
         norm = self._clipped_norm()
@@ -142,8 +142,9 @@ class TrainingStep:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._method.after_optimizer_step(step)
-        for buffer, before in zip(self._method.buffers(), buffers, strict=True):  # batch norm's, a teacher's
-            buffer.copy_(torch.where(bad > 0, before, buffer))
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(torch.where(bad > 0, before, tensor))
         since, in_a_row = self.skipped
         self.skipped = torch.stack([since + bad, (in_a_row + 1) * bad])
 
@@ -179,6 +180,11 @@ class TrainingStep:
             f"{share // self._settings.accumulate} patches at once do not fit into {where}, {fits} do: "
             f"set accumulate={parts}, which divides the batch of {self._batch_size} into parts, or batch_size={whole}."
         )
+
+
+def _without_gradient(method: nn.Module) -> list[Tensor]:
+    """What changes without the optimizer: batch norm's statistics, queues, a teacher's weights."""
+    return [*method.buffers(), *(weight.data for weight in method.parameters() if not weight.requires_grad)]
 
 
 def _channels_last(method: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.labelled import Classes, LabelledImages, LabelledPatches, LabelledVolumes, native_labels
-from ..data.patches import Sample
+from ..data.samplers import Sample
 from ..data.store import VolumeMeta, VolumeStore
 from ..engine.method import Method
 from ..methods.supervised import Classification, Segmentation, auc_per_class, by_class, dice_per_class, segment

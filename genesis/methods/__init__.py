@@ -1,17 +1,153 @@
-"""One pretraining method per file; by name, how each is built from its section of the config."""
+"""One pretraining method per file; by name, how each is built from a config and what it learns from."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from ..config import MethodConfig
+from ..config import (
+    Config,
+    ConVIRTConfig,
+    GLoRIAConfig,
+    ImageTextConfig,
+    OnlineClusteringConfig,
+    RestorationConfig,
+    SwavConfig,
+    ViewMethodConfig,
+)
+from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
-from ..models import Backbone
-from ..transforms import Corruption
+from ..errors import UserError
+from ..models import Backbone, ProjectionHead, Prototypes
+from ..text.encoders import TextModel
+from ..transforms import Corruption, EnergyBands, IntensityRange, MultiCrop
+from .convirt import ConVIRT
+from .gloria import GLoRIA
+from .image_text import ImageTextMethod
+from .online_clustering import OnlineClustering
 from .semantic_genesis import SemanticGenesis
+from .swav import SwAV
 
 
-def _semantic_genesis(settings: MethodConfig, backbone: Backbone, classes: int) -> Method:
-    corruption = Corruption(**settings.corruption.model_dump())
-    return SemanticGenesis(backbone, classes, corruption, **settings.model_dump(exclude={"name", "corruption"}))
+@dataclass(frozen=True)
+class Facts:
+    """What methods must know of the training data.
+
+    classes: number of pseudo-labels, 0 where a method takes none. modalities: those that there are. targets: classes of
+    whole scans that there are. text: the text encoder, as it is before training, for methods that learn from reports.
+    """
+
+    classes: int = 0
+    modalities: tuple[Modality, ...] = ()
+    targets: tuple[int, ...] = ()
+    text: TextModel | None = None
 
 
-METHODS: dict[str, Callable[[MethodConfig, Backbone, int], Method]] = {"semantic_genesis": _semantic_genesis}
+def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, RestorationConfig)
+    return SemanticGenesis(
+        backbone,
+        facts.classes,
+        Corruption(**settings.corruption.model_dump()),
+        lambda_rec=settings.lambda_rec,
+        lambda_cls=settings.lambda_cls if settings.semantics else 0.0,
+        classify=settings.classify,
+    )
+
+
+def _views(config: Config) -> MultiCrop:
+    assert isinstance(config.method, ViewMethodConfig)
+    settings = config.method.views
+    ranges = (getattr(settings.intensity, modality) for modality in MODALITIES)
+    return MultiCrop(
+        config.data.patch_size,
+        **settings.model_dump(exclude={"source", "intensity"}),
+        intensity=tuple(IntensityRange(**each.model_dump()) for each in ranges),
+    )
+
+
+def _swav(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, SwavConfig)
+    prototypes = Prototypes(settings.dim, settings.prototypes.count)
+    return SwAV(backbone, _views(config), _head(settings, backbone), prototypes, **_sinkhorn(settings))
+
+
+def _online_clustering(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, OnlineClusteringConfig)
+    blocks = settings.prototypes.per == "modality"
+    if blocks and len(facts.modalities) < 2:
+        raise UserError(
+            f"method.prototypes.per is modality, but all training volumes are {', '.join(facts.modalities)}: prepare "
+            "scans of another modality too, or train with --set method.prototypes.per=shared"
+        )
+    if settings.hybrid and len(facts.targets) < 2:
+        raise UserError(
+            f"method.hybrid is true, but the training volumes have {len(facts.targets)} classes: give the scans' table "
+            "a column target with two classes or more, or train with --set method.hybrid=false"
+        )
+    return OnlineClustering(
+        backbone,
+        _views(config),
+        _head(settings, backbone),
+        Prototypes(
+            settings.dim,
+            settings.prototypes.count,
+            [MODALITIES.index(one) for one in facts.modalities] if blocks else None,
+        ),
+        modalities=facts.modalities,
+        energy=EnergyBands(**settings.energy.model_dump()),
+        alpha=settings.alpha,
+        targets=facts.targets if settings.hybrid else (),
+        **_sinkhorn(settings),
+    )
+
+
+def _head(settings: SwavConfig | OnlineClusteringConfig, backbone: Backbone) -> ProjectionHead:
+    return ProjectionHead(backbone.feature_channels[-1], settings.hidden, settings.dim)
+
+
+def _sinkhorn(settings: SwavConfig | OnlineClusteringConfig) -> dict[str, Any]:
+    names = {"temperature", "epsilon", "iterations", "queue", "queue_start"}
+    return {**settings.model_dump(include=names), "frozen_steps": settings.prototypes.frozen_steps}
+
+
+def image_text_method(
+    settings: ImageTextConfig, backbone: Backbone, text: TextModel, patch_size: tuple[int, ...]
+) -> ImageTextMethod:
+    """The method of these settings around two encoders. Raises `UserError` where they do not fit each other."""
+    if settings.text.frozen_layers is not None:
+        text.freeze(settings.text.frozen_layers)
+    if isinstance(settings, ConVIRTConfig):
+        return ConVIRT(
+            backbone,
+            text,
+            temperature=settings.temperature,
+            image_weight=settings.image_weight,
+            projection=settings.projection,
+        )
+    try:
+        return GLoRIA(backbone, text, patch_size=patch_size, attention=settings.attention, regions=settings.regions)
+    except ValueError as error:
+        raise UserError(f"{error}; raise it, or take a smaller data.patch_size.") from None
+
+
+def _image_text(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    assert isinstance(config.method, ConVIRTConfig | GLoRIAConfig)
+    assert facts.text is not None
+    return image_text_method(config.method, backbone, facts.text, config.data.patch_size)
+
+
+METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
+    "semantic_genesis": _restoration,
+    "models_genesis": _restoration,
+    "inpainting": _restoration,
+    "patch_shuffling": _restoration,
+    "autoencoder": _restoration,
+    "classification_only": _restoration,
+    "swav": _swav,
+    "online_clustering": _online_clustering,
+    "convirt": _image_text,
+    "gloria": _image_text,
+}

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,32 +16,23 @@ from ..models.heads import pool
 from ..transforms import BatchGenerator, Corruption
 
 
-class Restoration(NamedTuple):
-    """Patches (B, C, *spatial): as they should be, as the network saw them, and as it restored them."""
-
-    original: Tensor
-    corrupted: Tensor
-    restored: Tensor
-
-
 class SemanticGenesis(Method):
     """L = λ_rec · MSE(restored, original) + λ_cls · CE(pseudo-label).
 
-    With λ_cls = 0 this is Models Genesis and there is no head; with λ_rec = 0 it is classification only, and the
-    decoder stays as it was initialised.
+    With λ_cls = 0 this is restoration alone, Models Genesis or, by the corruption's rates, one of the baselines of the
+    paper: in-painting, patch shuffling, autoencoder; there is no head and no pseudo-label is needed. With λ_rec = 0 it
+    is classification only, and the decoder stays as it was initialised.
 
     Args:
         backbone: restores as many channels as it is shown.
-        classes: number of pseudo-labels, C.
+        classes: number of pseudo-labels, C; 0 where λ_cls is.
         corruption: what is to be restored; made on the device, from each sample's own random key.
         lambda_rec, lambda_cls: weights of the two losses; published 1 and 0.01.
         classify: the patch whose pseudo-label is predicted: "corrupted" as in the published code, or "clean" as in the
             paper's text, which costs a second pass through the encoder.
 
-    Raises ValueError when both weights are 0.
+    Raises ValueError when both weights are 0, or λ_cls is not and there are no classes.
     """
-
-    needs: ClassVar[str] = "pseudo_labels"
 
     def __init__(
         self,
@@ -56,6 +47,8 @@ class SemanticGenesis(Method):
         super().__init__()
         if not lambda_rec and not lambda_cls:
             raise ValueError("lambda_rec and lambda_cls are both 0: nothing would be learned")
+        if lambda_cls and not classes:
+            raise ValueError("lambda_cls is not 0, but there are no pseudo-labels to classify")
         self.backbone = backbone
         self.corruption = corruption
         self.lambda_rec, self.lambda_cls, self.classify = lambda_rec, lambda_cls, classify
@@ -65,27 +58,29 @@ class SemanticGenesis(Method):
         if lambda_rec and isinstance(backbone, UNetBackbone):  # its output has lost each patch's mean and contrast
             self.calibration = RestorationCalibration(width, backbone.out_channels)
         if not lambda_rec:
-            backbone.requires_grad_(False)
-            backbone.encoder.requires_grad_(True)
+            backbone.train_encoder_only()
 
     def forward(self, batch: Batch) -> Output:
-        """Batch: image (B, C, *spatial) in [0, 1], label (B,) int64, key (B,) int64."""
+        """Batch: image (B, C, *spatial) in [0, 1], key (B,) int64, with λ_cls > 0 label (B,) int64."""
         return self._output(batch, *self._corrupt(batch))
 
     @torch.no_grad()
-    def restore(self, batch: Batch) -> Restoration:
-        """What self-restoration makes of a batch; needs λ_rec > 0."""
+    def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        if not self.lambda_rec:
+            return {}
         corrupted, original = self._corrupt(batch)
-        return Restoration(original, corrupted, self._restored(self.backbone.encode(corrupted)))
+        restored = self._restored(self.backbone.encode(corrupted))
+        columns = {"original": original, "corrupted": corrupted, "restored": restored}
+        return {"restorations": {**columns, "difference": restored - original}}
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Both tasks on held-out patches, each beside what needs no learning.
 
         loss: the weighted sum; mse, of restoration, beside input_mse (the corrupted patch unchanged) and mean_mse
-        (every patch's own mean); accuracy of classification and knn_accuracy (pseudo-labels among the pooled bottleneck
-        features of clean patches, leave-one-out), beside chance (always the most frequent label); effective_rank of
-        those features.
+        (every patch's own mean); accuracy of classification; effective_rank of the pooled bottleneck features of clean
+        patches. Where patches have pseudo-labels, trained on or not, also knn_accuracy (of the labels among those
+        features, leave-one-out), beside chance (always the most frequent label).
         """
         sums: defaultdict[str, float] = defaultdict(float)
         features, labels = [], []
@@ -99,13 +94,16 @@ class SemanticGenesis(Method):
                 terms["mean_mse"] = restoration_loss(mean, original)
             for name, value in terms.items():
                 sums[name] += float(value) * len(original)
-            features.append(pool(self.backbone.encode(batch["image"])[-1]))
-            labels.append(batch["label"])
-        label = torch.cat(labels)
-        figures = {name: value / len(label) for name, value in sums.items()}
-        figures["knn_accuracy"] = knn_accuracy(torch.cat(features), label)
-        figures["chance"] = float(label.bincount().max()) / len(label)
-        figures["effective_rank"] = effective_rank(torch.cat(features).float())
+            features.append(pool(self.backbone.encode(batch["image"])[-1]).float())
+            if "label" in batch:
+                labels.append(batch["label"])
+        feature = torch.cat(features)
+        figures = {name: value / len(feature) for name, value in sums.items()}
+        if labels:
+            label = torch.cat(labels)
+            figures["knn_accuracy"] = knn_accuracy(feature, label)
+            figures["chance"] = float(label.bincount().max()) / len(label)
+        figures["effective_rank"] = effective_rank(feature)
         return figures
 
     def collapsed(self, figures: dict[str, float]) -> list[str]:
@@ -117,6 +115,18 @@ class SemanticGenesis(Method):
         if figures["effective_rank"] < 1.5:
             found.append("the features of all patches lie on one line")
         return found
+
+    def told(self, figures: dict[str, float]) -> list[str]:
+        lines = []
+        if self.lambda_rec:
+            lines.append(
+                f"restoration error {figures['mse']:.4g}, against {figures['input_mse']:.4g} for the corrupted patch "
+                f"as it is and {figures['mean_mse']:.4g} for its mean"
+            )
+        if "knn_accuracy" in figures:
+            told = f"pseudo-label accuracy {figures['accuracy']:.1%}, " if self.lambda_cls else "pseudo-labels: "
+            lines.append(f"{told}k-NN on the features {figures['knn_accuracy']:.1%}; chance is {figures['chance']:.1%}")
+        return lines
 
     @torch.compiler.disable  # picks samples by index: their number differs from batch to batch
     def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ control that is badly tuned flatters whatever it is compared with.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +34,6 @@ class Segmentation(Method):
         patch_size: voxels per side of a training patch, hence of the sliding window.
     """
 
-    needs: ClassVar[str] = "labels"
     class_weights: Tensor
 
     def __init__(
@@ -77,8 +75,6 @@ class Segmentation(Method):
 
 class Classification(Method):
     """Cross-entropy on a linear head over the pooled bottleneck; the decoder takes no part."""
-
-    needs: ClassVar[str] = "labels"
 
     def __init__(self, classifier: Classifier, names: Sequence[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures of pretraining: what the network restores, and how it learned."""
+"""Pictures of pretraining: what a method does to its samples, and how it learned."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,53 +11,50 @@ from torch import Tensor
 
 from .figures import save
 
-COLUMNS = ("original", "corrupted", "restored", "difference")
+# Title, figure, and what is drawn beside it by name and label; a logarithmic axis for errors.
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("restoration: mean squared error", "mse", {"input_mse": "corrupted input", "mean_mse": "patch mean"}),
+    ("pseudo-label accuracy", "accuracy", {"knn_accuracy": "k-NN on features", "chance": "chance"}),
+)
 
 
-def restorations(
-    path: Path,
-    original: Float[Tensor, "b c *spatial"],
-    corrupted: Float[Tensor, "b c *spatial"],
-    restored: Float[Tensor, "b c *spatial"],
-    aspect: float,
-) -> None:
-    """One row per patch: original, corrupted, restored, and restored − original (blue −0.5 … red +0.5).
+def picture(path: Path, columns: Mapping[str, Float[Tensor, "b c *_"]], aspect: float) -> None:
+    """One row per sample, one column per title.
 
-    Patches are in [0, 1]; of a 3D patch the middle axial slice, of several channels the first is shown, the patient's
-    right on the left and anterior up. aspect: height over width of a voxel in that plane.
+    Images are in [0, 1], those of a column "difference" in -0.5 (blue) to 0.5 (red). Of a 3D image the middle axial
+    slice, of several channels the first is shown, the patient's right on the left and anterior up. aspect: height over
+    width of a voxel in that plane.
     """
-    columns = [_slices(patches) for patches in (original, corrupted, restored)]
-    figure = Figure(figsize=(1.9 * len(COLUMNS), 1.9 * len(original) + 0.3), layout="constrained")
-    rows = figure.subplots(len(original), len(COLUMNS), squeeze=False)
-    for row, panels in enumerate(rows):
-        for panel, column in zip(panels, columns, strict=False):
-            panel.imshow(column[row].T, cmap="gray", vmin=0, vmax=1, aspect=aspect)
-        difference = columns[2][row] - columns[0][row]
-        panels[3].imshow(difference.T, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect=aspect)
-        for panel in panels:
-            panel.set(xticks=[], yticks=[])
-    for panel, title in zip(rows[0], COLUMNS, strict=True):
-        panel.set_title(title, fontsize=10)
+    slices = {title: _slices(images) for title, images in columns.items()}
+    samples = max(map(len, slices.values()))
+    figure = Figure(figsize=(1.9 * len(columns), 1.9 * samples + 0.3), layout="constrained")
+    grid = figure.subplots(samples, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(slices.items()):
+        shades: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        if title == "difference":
+            shades = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
+        grid[0, column].set_title(title, fontsize=10)
+        for row, image in enumerate(images):
+            grid[row, column].imshow(image.T, aspect=aspect, **shades)
+    for panel in grid.flat:
+        panel.set(xticks=[], yticks=[])
     save(figure, path)
 
 
 def learning_curves(path: Path, train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> None:
-    """Restoration error and pseudo-label accuracy over the steps, each beside what needs no learning.
+    """Those of `PANELS` that were measured over the steps, each beside what needs no learning; else the loss.
 
-    train, val: rows of `metrics.jsonl`; a task that was not trained has no panel.
+    train, val: rows of `metrics.jsonl`.
     """
-    panels = [
-        ("restoration: mean squared error", "mse", {"input_mse": "corrupted input", "mean_mse": "patch mean"}),
-        ("pseudo-label accuracy", "accuracy", {"knn_accuracy": "k-NN on features", "chance": "chance"}),
-    ]
-    panels = [panel for panel in panels if panel[1] in train[-1]]
+    seen = {name for row in (*train, *val) for name in row}
+    panels = [panel for panel in PANELS if panel[1] in seen] or [("loss", "loss", {})]
     figure = Figure(figsize=(1 + 4.5 * len(panels), 3.6), layout="constrained")
     for axes, (title, figure_name, others) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         axes.plot(*_series(train, figure_name), color="tab:blue", alpha=0.35, linewidth=0.9, label="train")
         axes.plot(*_series(val, figure_name), color="tab:blue", linewidth=2, marker="o", markersize=3, label="held out")
-        for (name, label), style in zip(others.items(), ("-.", ":"), strict=True):
+        for (name, label), style in zip(others.items(), ("-.", ":"), strict=False):
             axes.plot(*_series(val, name), color="0.35", linestyle=style, label=label)
         axes.set(title=title, xlabel="step", yscale="log" if figure_name == "mse" else "linear")
         axes.grid(alpha=0.3)

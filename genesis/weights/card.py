@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+Modality = Literal["ct", "mr", "xray"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -38,12 +39,19 @@ class KeysCard(_Section):
 class DataCard(_Section):
     """What the network was shown: patches of `patch_size` voxels of `spacing_mm`, in [0, 1], in RAS+ orientation."""
 
-    modality: Literal["ct", "mr", "xray"]
+    modality: Modality | tuple[Modality, ...]  # several where pretraining has mixed them
     window_hu: tuple[Finite, Finite] | None  # CT: mapped to [0, 1]; others: the foreground's p0.5 and p99.5
     spacing_mm: tuple[Finite, ...] | None  # null: each scan's own
     patch_size: tuple[int, ...]
     orientation: Literal["RAS"] = "RAS"
     intensity_range: tuple[Finite, Finite] = (0.0, 1.0)
+
+    @property
+    def only_modality(self) -> Modality:
+        """Raises `UserError` when there are several."""
+        if not isinstance(self.modality, str):
+            raise UserError(f"These weights have seen {', '.join(self.modality)}; say with --modality which yours are.")
+        return self.modality
 
 
 class SeenVolume(_Section):

@@ -26,7 +26,7 @@ genesis.load_into(my_network, "{name}")  # your own {plain}: other numbers of ch
 
 | | |
 |---|---|
-| modality | {data.modality} |
+| modality | {data.modality if isinstance(data.modality, str) else ", ".join(data.modality)} |
 | intensity | {_intensity(card)} |
 | orientation | RAS+ |
 | voxel size | {_numbers(data.spacing_mm) + " mm" if data.spacing_mm else "each scan's own"} |

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from ..workspace import Workspace
 from .card import Card, DataCard, FingerprintCard, KeysCard, NetworkCard, PretrainingCard, TaskCard, read_card
 from .model_card import model_card
 from .published import read_published
+
+if TYPE_CHECKING:
+    from .image_text import TextSide
 
 
 def load_pretrained(package: Path | str) -> nn.Module:
@@ -65,10 +68,12 @@ def write_package(
     trained: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder"),
     task: TaskCard | None = None,
     head: Mapping[str, Tensor] | None = None,
+    text: "TextSide | None" = None,
 ) -> Card:
     """Write `weights.safetensors`, `card.json`, `README.md` and `SHA256SUMS`; an older package there is replaced.
 
-    `head`: state of a layer that is not part of the network, a classifier's, saved as `head.safetensors`.
+    `head`: state of a layer that is not part of the network, a classifier's, saved as `head.safetensors`. `text`: the
+    text encoder and projections of a method that learns from reports, saved in `text/`.
     The new one is loaded, strictly and with its fingerprint, before it takes the old one's place. Raises `UserError`
     when the network's outputs are not finite.
     """
@@ -98,6 +103,8 @@ def write_package(
         if head is not None:
             with write_aside(aside / "head.safetensors") as file:
                 save_file({key: tensor.cpu().contiguous() for key, tensor in head.items()}, file)
+        if text is not None:
+            text.write(aside)
         write_json(aside / "card.json", card.model_dump(mode="json", by_alias=True))
         (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride), encoding="utf-8")
         _build(_contents(aside, read_card(aside)), aside)

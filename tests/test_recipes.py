@@ -1,0 +1,70 @@
+"""Every shipped recipe at a tiny size: a short recorded loss trace, and a training from the store to the pictures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_semantic_genesis import CLASSES, patches
+from test_train import train, workspace  # noqa: F401  a fixture
+
+from genesis.config import load_config, recipes
+from genesis.engine.monitor import read_metrics
+from genesis.engine.optimizer import OptimizerSettings
+from genesis.files import read_json
+from genesis.methods import METHODS, Facts
+from genesis.models import build_backbone
+
+SMALL = {
+    (3, "unet"): ["data.patch_size=[24,24,16]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
+    (3, "published_unet"): ["data.patch_size=[16,8,8]"],
+    (2, "flexible_unet"): ["data.patch_size=[64,64]"],
+}
+SIZES = [part for size in ("data.patch_size=[16,16,16]", "data.spacing_mm=median") for part in ("--set", size)]
+TRACES = {
+    "autoencoder_2d": [0.30841, 0.13817, 0.07692],
+    "autoencoder_3d": [0.16057, 0.14239, 0.13013],
+    "classification_only_2d": [1.19161, 5.54314, 2.12413],
+    "classification_only_3d": [1.11406, 1.07745, 1.13657],
+    "inpainting_2d": [0.28624, 0.13699, 0.07853],
+    "inpainting_3d": [0.15969, 0.1438, 0.13063],
+    "models_genesis_2d": [0.31076, 0.21383, 0.19492],
+    "models_genesis_3d": [0.17413, 0.15723, 0.15288],
+    "patch_shuffling_2d": [0.30737, 0.13015, 0.0767],
+    "patch_shuffling_3d": [0.16075, 0.14439, 0.13206],
+    "semantic_genesis_2d": [0.32267, 0.26871, 0.21498],
+    "semantic_genesis_3d": [0.18527, 0.16804, 0.16422],
+    "semantic_genesis_3d_published": [0.19423, 0.1781, 0.14118],
+}
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recorded_loss_trace(name: str) -> None:
+    """The numerics of a recipe: a change here belongs into the CHANGELOG."""
+    config = load_config(name)
+    small = SMALL[config.spatial_dims, config.network.name]
+    config = load_config(name, [*small, "train.optimizer.warmup_steps=0"])
+    torch.manual_seed(0)
+    backbone = build_backbone(spatial_dims=config.spatial_dims, **config.network.model_dump())
+    method = METHODS[config.method.name](config, backbone, Facts(classes=CLASSES)).train()
+    settings = OptimizerSettings(**config.train.optimizer.model_dump())
+    optimizer = settings.build(method.param_groups())
+    trace = []
+    for step in range(3):
+        settings.set_rate(optimizer, step, config.train.steps)
+        output = method(patches(4, config.data.patch_size, first=4 * step))
+        loss = torch.stack(list(output.losses.values())).sum()
+        loss.backward()
+        assert all(weight.grad is not None for weight in method.parameters() if weight.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        trace.append(loss.item())
+    assert trace == pytest.approx(TRACES[name], rel=2e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: F811
+    train(workspace, "--method", name, "--run", name, "--steps", "4", *SIZES)
+    folder = workspace / "runs" / name
+    assert read_json(folder / "run.json")["status"] == "finished"
+    assert read_metrics(folder, "val")[-1]["loss"] > 0
+    assert (folder / "figures" / "learning_curves.png").is_file()
