@@ -24,6 +24,8 @@ VERBS = {
     "export": "turn a run into a weights package",
     "finetune": "train on labelled scans from a weights package, against a scratch control",
     "predict": "write label maps for scans with a fine-tuned model",
+    "embed": "turn scans into vectors with a pretrained encoder",
+    "evaluate": "probe frozen features, search with them, or classify by prompts",
 }
 READING = ("predict",)  # verbs that leave the workspace as it is
 

@@ -442,10 +442,6 @@ def _explain(error: ValidationError) -> str:
         return f"{'.'.join(place)}.name is missing."
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing."
-    if first["type"] == "union_tag_not_found":
-        return f"{'.'.join(place)}.name is missing."
-    if first["type"] == "union_tag_invalid":
-        return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
     if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
         same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
         first = next(same, first)
@@ -460,7 +456,6 @@ def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     """The innermost section, and the keys on the way, without pydantic's names for the kinds a value may have."""
     section: type[BaseModel] = Config
     kinds: dict[str, type[BaseModel]] = {}  # of a section that there are, by their names
-    kinds: dict[int | str, type[BaseModel]] = {}  # of a section that has several, by its name
     place = []
     for part in location:
         if isinstance(part, int):
@@ -477,14 +472,4 @@ def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
                 section = sections[0]
             elif sections:
                 kinds = {name: one for one in sections for name in get_args(one.model_fields["name"].annotation)}
-            kinds = {tag: one for one in get_args(inner) for tag in _tags(one)}
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                section = inner
     return section, place
-
-
-def _tags(kind: Any) -> tuple[str, ...]:
-    """The names that a kind of section goes by."""
-    if not (isinstance(kind, type) and issubclass(kind, BaseModel) and "name" in kind.model_fields):
-        return ()
-    return get_args(kind.model_fields["name"].annotation)

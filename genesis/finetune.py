@@ -15,16 +15,13 @@ The same command again keeps what is finished and goes on with the rest.
 import argparse
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .cli import command
 from .config import Config, FinetuneConfig, load_config, recipes
-from .data.cohort import encoded
-from .data.intake import hashed
 from .data.labelled import Classes
-from .data.sample_cohort import write_sample_cohort
 from .data.store import VolumeMeta, VolumeStore
+from .downstream import add_scan_arguments, chosen_package, labelled_store
 from .engine.launch import launch
 from .errors import UserError
 from .evaluation.arms import PRETRAINED, SCRATCH, Experiment
@@ -33,19 +30,13 @@ from .evaluation.results import write_results
 from .evaluation.tasks import ClassificationTask, SegmentationTask, Task
 from .files import sha256, write_json, write_sums
 from .models import build_described
-from .prepare import prepare
 from .runs import SCHEMA, read_run, write_config
-from .weights import Card, find_package, load_into, read_card
+from .weights import Card, load_into, read_card
 from .workspace import Workspace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="labelled scans (default: the workspace's own labelled scans)")
-    parser.add_argument("--modality", choices=("ct", "mr", "xray"), help="of the scans (default: the package's)")
-    parser.add_argument("--channels", metavar="all|N|NAME", help="which channels of multi-channel scans to use")
-    parser.add_argument(
-        "--weights", metavar="PACKAGE", help="a weights package, by folder or name (default: the newest)"
-    )
+    add_scan_arguments(parser, "labelled scans (default: the workspace's own labelled scans)")
     parser.add_argument(
         "--task",
         choices=("segmentation", "classification"),
@@ -67,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     workspace = Workspace.at(options.workspace)
-    package = find_package(options.weights, workspace) if options.weights else _newest_package(workspace)
+    package = chosen_package(options.weights, workspace)
     card = read_card(package)
-    store, data_name = _labelled_store(options, workspace, card)
+    store, data_name = labelled_store(options, workspace, card)
     config = _config(options, card, store.sample)
     cases = labelled_cases(store, options.task)
     splits = split_cases(cases)
@@ -102,42 +93,6 @@ def run(options: argparse.Namespace) -> None:
     write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
     print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
-
-
-def _newest_package(workspace: Workspace) -> Path:
-    cards = list(workspace.weights.glob("[!.]*/card.json"))
-    if not cards:
-        raise UserError(
-            f"There are no weights in {workspace.weights}; make them with python -m genesis.export, "
-            "or name a package with --weights."
-        )
-    return max(cards, key=lambda path: path.stat().st_mtime).parent
-
-
-def _labelled_store(options: argparse.Namespace, workspace: Workspace, card: Card) -> tuple[VolumeStore, str]:
-    """The store of the labelled scans, made if need be, and a name for it."""
-    data = Path(options.data) if options.data is not None else None
-    if data is None and (workspace.store / "audit.json").is_file():
-        store = VolumeStore(workspace.store)
-        return store, "sample" if store.sample else "store"
-    if data is None:
-        print("No --data and no store in the workspace: fine-tuning on the embedded sample cohort (phantoms).")
-        data = workspace.sample / "dataset.json"
-        if not data.is_file():
-            write_sample_cohort(workspace.sample)
-    source = data.resolve()
-    sample = source.is_relative_to(workspace.sample.resolve())
-    name = f"data-{hashed(workspace.id_key(), 'data', encoded(str(source)))[:8]}"  # a folder may be named after someone
-    prepare(
-        data,
-        workspace.labelled(name),
-        workspace,
-        modality=options.modality or card.data.only_modality,
-        channels=options.channels,
-        sample=sample,
-        labelled_only=True,
-    )
-    return VolumeStore(workspace.labelled(name)), name
 
 
 def _config(options: argparse.Namespace, card: Card, sample: bool) -> Config:

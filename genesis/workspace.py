@@ -91,6 +91,10 @@ class Workspace:
         """The volume store of a labelled cohort, kept apart so that pretraining never sees it."""
         return self.root / "labelled" / name
 
+    def embedded(self, name: str) -> Path:
+        """The volume store of scans that are embedded, with labels or without; pretraining never sees it."""
+        return self.root / "embedded" / name
+
     def discovery(self, spatial_dims: int) -> Path:
         return self.root / "discovery" / f"{spatial_dims}d"
 
@@ -107,6 +111,14 @@ class Workspace:
         """Local table that maps hashed ids back to files (mode 0600); never part of an artefact."""
         return self.root / "case_map.csv"
 
+    @property
+    def embeddings(self) -> Path:
+        return self.root / "embeddings"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations"
+
     def id_key(self) -> bytes:
         """The key of the hashed ids: `GENESIS_ID_KEY`, else one per workspace, made on first use (mode 0600)."""
         if from_environment := os.environ.get("GENESIS_ID_KEY"):
@@ -121,11 +133,11 @@ class Workspace:
         """Tells keys apart without giving them away: hashed ids can be compared only when made with the same key."""
         return hashlib.blake2b(self.id_key(), digest_size=8, person=b"id key").hexdigest()
 
-    def new_run(self, name: str) -> Path:
-        """The folder of a run to be; raises `UserError` for a name that would lie elsewhere."""
+    def new_run(self, name: str, room: Path | None = None) -> Path:
+        """The folder of a run to be, in `runs` or another room; raises `UserError` for a name that lies elsewhere."""
         if not name or "/" in name or "\\" in name or name.startswith(".") or len(name) > 100:
             raise UserError(f"--run {name}: the name of a run is short, has no slashes and no leading dot.")
-        return self.runs / name
+        return (room or self.runs) / name
 
     def run(self, name: str | None, kind: str) -> Path:
         """The run of that name, else the newest finished or unfinished one of a kind ("train" or "finetune")."""

@@ -21,11 +21,12 @@ from genesis.transforms import (
     OutPaint,
     Paint,
     Transform,
+    corruption,
     random,
     shuffle,
 )
 from genesis.transforms.paint import Fill
-from genesis.transforms.shuffle import WORDS, _draw, _forms, _permute, _sources
+from genesis.transforms.shuffle import WORDS, _draw, _permute, _sources, forms_of
 
 TRANSFORMS: list[Transform] = [
     Flip(),
@@ -161,7 +162,7 @@ def test_all_permutations_of_a_window_are_equally_likely() -> None:
 
 def test_shuffle_with_a_fixed_number_of_slots_is_the_same() -> None:
     """What is done on devices that the host must not wait for."""
-    forms = _forms((40, 32, 20), torch.device("cpu"))
+    forms = forms_of((40, 32, 20), torch.device("cpu"))
     exact = _sources(_draw(forms, BatchGenerator(keys(3)), None), forms)
     spare = _draw(forms, BatchGenerator(keys(3)), forms.slots(3))
     assert spare.volumes[-1] > 0
@@ -307,7 +308,7 @@ def test_cuda_equals_cpu_without_waiting(
 ) -> None:
     """With the kernels of our own, where they work, and without."""
     if not fused:
-        for module in (random, shuffle):
+        for module in (random, shuffle, corruption):
             monkeypatch.setattr(module, "kernels", lambda device: None)
     x, streams = images(16, 2, *spatial), keys(16)
     there = x.cuda(), streams.cuda()

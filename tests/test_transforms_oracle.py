@@ -14,7 +14,7 @@ from scipy import stats
 
 from genesis.transforms import BatchGenerator, BezierNonlinearity, Flip, InPaint, LocalShuffle, OutPaint, Paint
 from genesis.transforms.paint import Fill, _boxes
-from genesis.transforms.shuffle import _forms
+from genesis.transforms.shuffle import forms_of
 
 Array = NDArray[Any]
 
@@ -100,7 +100,7 @@ def test_where_shuffled_voxels_come_from(spatial: tuple[int, ...], images: int) 
 
 @pytest.mark.parametrize("spatial", [(64, 64, 32), (32, 32, 32), (8, 9), (224, 224), (128, 100, 20)])
 def test_number_of_windows(spatial: tuple[int, ...]) -> None:
-    forms = _forms(spatial, torch.device("cpu"))
+    forms = forms_of(spatial, torch.device("cpu"))
     assert forms.windows == oracles.shuffle_windows(spatial)
     assert len(forms.volumes) == math.prod(max(1, dim // 10) for dim in spatial)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .base import Transform, change_some
 from .flip import Flip
+from .fused import kernels
 from .nonlinear import BezierNonlinearity
 from .paint import Fill, Paint
 from .random import BatchGenerator
@@ -38,6 +39,11 @@ class Corruption:
         self, x: Float[Tensor, "b c *spatial"], generator: BatchGenerator
     ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
         """The corrupted images and what to restore: the flipped, otherwise untouched images."""
+        changing = self.shuffle > 0 or self.nonlinear > 0 or self.paint > 0
+        if changing and not x.requires_grad and kernels(x.device) is not None:
+            from .triton_corruption import corrupt
+
+            return corrupt(self, x, generator)
         steps: list[tuple[float, Transform]] = [
             (self.shuffle, LocalShuffle()),
             (self.nonlinear, BezierNonlinearity()),

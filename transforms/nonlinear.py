@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,13 +50,21 @@ class BezierNonlinearity(Transform[Curve]):
 
 def _table(curve: Curve) -> Float[Tensor, "b knots"]:
     """y at KNOTS equally distant x."""
-    t = torch.linspace(0, 1, POINTS, device=curve.points.device)
+    basis, knots = grids(curve.points.device)
     first, second = curve.points.unsqueeze(3).unbind(1)
-    x, y = (first * (3 * t * (1 - t) ** 2) + second * (3 * t**2 * (1 - t)) + t**3).unbind(1)
+    x, y = (first * basis[0] + second * basis[1] + basis[2]).unbind(1)
     x = x.sort(dim=1).values
     y = torch.where(curve.decreasing.unsqueeze(1), y.flip(1), y)
-    knots = torch.linspace(0, 1, KNOTS, device=t.device).expand(len(x), -1).contiguous()
+    knots = knots.expand(len(x), -1).contiguous()
     right = torch.searchsorted(x, knots).clamp_(1, POINTS - 1)
     left = right - 1
     x0, x1, y0, y1 = x.gather(1, left), x.gather(1, right), y.gather(1, left), y.gather(1, right)
     return torch.lerp(y0, y1, ((knots - x0) / (x1 - x0).clamp(min=1e-12)).clamp_(0, 1))
+
+
+@lru_cache
+def grids(device: torch.device) -> tuple[Float[Tensor, "3 points"], Float[Tensor, "knots"]]:
+    """Factors of both control points and of the end in a curve's POINTS, and the x of the KNOTS: those of the CPU."""
+    t = torch.linspace(0, 1, POINTS)
+    basis = torch.stack((3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3))
+    return basis.to(device), torch.linspace(0, 1, KNOTS).to(device)

@@ -96,7 +96,7 @@ def _boxes(
     """
     draws = generator.uniform(2 + 2 * len(spatial), BOXES)
     outside = draws[:, 0, 0] < outpaint
-    low, choices, dims = _sides(spatial, generator.device)[outside.long()].unsqueeze(3).unbind(1)
+    low, choices, dims = sides(spatial, generator.device)[outside.long()].unsqueeze(3).unbind(1)
     side = low + (draws[:, 2::2] * choices).floor()
     margin = ((dims - side) / 2).floor().clamp(max=MARGIN)
     first = margin + (draws[:, 3::2] * (dims - side - 2 * margin + 1)).floor()
@@ -109,8 +109,8 @@ def _boxes(
 
 
 @lru_cache
-def _sides(spatial: tuple[int, ...], device: torch.device) -> Float[Tensor, "2 3 axes"]:
+def sides(spatial: tuple[int, ...], device: torch.device) -> Float[Tensor, "2 3 axes"]:
     """For boxes to paint inside and outside of: smallest side, number of sides to choose from, and dim."""
     inside = [(max(1, dim // 6), max(1, dim // 3) - max(1, dim // 6) + 1, dim) for dim in spatial]
     outside = [(dim - 4 * dim // 7, 4 * dim // 7 - 3 * dim // 7 + 1, dim) for dim in spatial]
-    return torch.tensor((inside, outside), dtype=torch.float32, device=device).transpose(1, 2)
+    return torch.tensor((inside, outside), dtype=torch.float32, device=device).transpose(1, 2).contiguous()

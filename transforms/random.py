@@ -24,10 +24,8 @@ class BatchGenerator:
     """
 
     def __init__(self, keys: Int64[Tensor, "b"]) -> None:
-        low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)
-        high = high ^ _mix(low + WEYL)  # two rounds of a Feistel network: different keys stay different
-        low = low ^ _mix(high)
-        self._words = torch.stack((low, high), dim=1)
+        fused = kernels(keys.device)
+        self._words = _words(keys) if fused is None else fused.words(keys)
         self._count = 0
 
     @classmethod
@@ -95,6 +93,13 @@ class BatchGenerator:
         other = object.__new__(BatchGenerator)
         other._words, other._count = words, count
         return other
+
+
+def _words(keys: Int64[Tensor, "b"]) -> Int32[Tensor, "b 2"]:
+    """Two rounds of a Feistel network: different keys stay different."""
+    low, high = keys.contiguous().view(torch.int32).view(-1, 2).unbind(1)
+    high = high ^ _mix(low + WEYL)
+    return torch.stack((low ^ _mix(high), high), dim=1)
 
 
 def _fold(words: Tensor, shift: int) -> Tensor:

@@ -35,7 +35,7 @@ class LocalShuffle(Transform[Tensor]):
 
     def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Int64[Tensor, "b *spatial"]:
         batch, _, *spatial = shape
-        forms = _forms(tuple(spatial), generator.device)
+        forms = forms_of(tuple(spatial), generator.device)
         fused = kernels(generator.device)
         if fused is not None:
             numbers = (1 + len(spatial) + WORDS // 2) * forms.windows
@@ -72,6 +72,10 @@ class Forms(NamedTuple):
     def voxels(self) -> int:
         return math.prod(self.spatial)
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return self.volumes, self.places, self.strides, self.starts, self.offsets
+
     def slots(self, batch: int) -> int:
         """The voxels of all windows of a batch, an upper bound: the mean and eight standard deviations."""
         return math.ceil(batch * self.windows * self.mean + 8 * math.sqrt(batch * self.windows * self.variance))
@@ -93,7 +97,7 @@ class _Windows(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _forms(spatial: tuple[int, ...], device: torch.device) -> Forms:
+def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
     longest = [max(1, dim // 10) for dim in spatial]
     mean = math.prod((1 + side) / 2 for side in longest)
     variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in longest) - mean**2

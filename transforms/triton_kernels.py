@@ -22,6 +22,14 @@ POSITIONS, ITEMS = 32, 1024  # so many voxels of a window at a time; items are t
 VOXELS = 512
 
 
+def words(keys: Int64[Tensor, "b"]) -> Int32[Tensor, "b 2"]:
+    """The words of the stream of each key, as `BatchGenerator`."""
+    made = torch.empty((len(keys), 2), dtype=torch.int32, device=keys.device)
+    with torch.cuda.device_of(keys):  # Triton launches on the current device
+        _words[(triton.cdiv(len(keys), NUMBERS),)](keys.contiguous(), made, len(keys), NUMBERS)
+    return made
+
+
 def bits(words: Int32[Tensor, "b 2"], first: int, count: int) -> Int32[Tensor, "b n"]:
     """Numbers `first` (an int32) to `first` + `count` - 1 of each stream, as `BatchGenerator.bits`."""
     return _numbers(_bits, torch.int32, words, first, count)
@@ -38,17 +46,36 @@ def sources(words: Int32[Tensor, "b 2"], first: int, forms: shuffle.Forms) -> In
     The windows are made of the numbers from `first` (an int32) on.
     """
     images, voxels = len(words), forms.voxels
-    shown = torch.full((images, voxels), -1, dtype=torch.int32, device=words.device)
+    shown = cover(words, first, forms)
     source = torch.empty((images, voxels), dtype=torch.int64, device=words.device)
-    tables = forms.volumes, forms.places, forms.strides, forms.starts, forms.offsets
     sizes = forms.windows, len(forms.volumes), voxels, len(forms.spatial), forms.largest
-    spare = 32 - torch.iinfo(forms.dtype).bits
-    with torch.cuda.device_of(words):  # Triton launches on the current device
-        _cover[(images * triton.cdiv(forms.windows * POSITIONS, ITEMS),)](
-            words, first, *tables, shown, *sizes, POSITIONS, ITEMS
+    with torch.cuda.device_of(words):
+        _shuffle[(images * triton.cdiv(voxels, VOXELS),)](
+            words, first, *forms.tables, shown, source, *sizes, spare_bits(forms), VOXELS
         )
-        _shuffle[(images * triton.cdiv(voxels, VOXELS),)](words, first, *tables, shown, source, *sizes, spare, VOXELS)
     return source
+
+
+def cover(
+    words: Int32[Tensor, "b 2"], first: int, forms: shuffle.Forms, drawn: Int32[Tensor, "b"] | None = None
+) -> Int32[Tensor, "b voxels"]:
+    """For each voxel, its last window and its position there, window * largest volume + position; -1 without a window.
+
+    Where an image is not `drawn`, its voxels have none.
+    """
+    images, voxels = len(words), forms.voxels
+    shown = torch.full((images, voxels), -1, dtype=torch.int32, device=words.device)
+    sizes = forms.windows, len(forms.volumes), voxels, len(forms.spatial), forms.largest
+    with torch.cuda.device_of(words):
+        _cover[(images * triton.cdiv(forms.windows * POSITIONS, ITEMS),)](
+            words, first, *forms.tables, shown, drawn, *sizes, POSITIONS, ITEMS
+        )
+    return shown
+
+
+def spare_bits(forms: shuffle.Forms) -> int:
+    """The bits of an int32 that the integers of the plain form lack."""
+    return 32 - torch.iinfo(forms.dtype).bits
 
 
 def _numbers(kernel: Any, dtype: torch.dtype, words: Tensor, first: int, count: int) -> Tensor:
@@ -58,32 +85,46 @@ def _numbers(kernel: Any, dtype: torch.dtype, words: Tensor, first: int, count: 
     return numbers
 
 
+@triton.jit(do_not_specialize=["count"])
+@no_type_check
+def _words(keys, made, count, NUMBERS: tl.constexpr):
+    number = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
+    key = tl.load(keys + number, number < count, 0)
+    low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
+    high ^= hashed(low, 0, 1)
+    low ^= hashed(high, 0, 0)
+    tl.store(made + 2 * number, low, number < count)
+    tl.store(made + 2 * number + 1, high, number < count)
+
+
 @triton.jit(do_not_specialize=["first", "count"])
 @no_type_check
 def _bits(words, first, numbers, count, NUMBERS: tl.constexpr):
-    image, number = _share(count, NUMBERS)
-    low, high = _stream(words, image)
-    tl.store(numbers + image.to(tl.int64) * count + number, _hash(low, high, first + number), number < count)
+    image, number = share(count, NUMBERS)
+    low, high = stream(words, image)
+    tl.store(numbers + image.to(tl.int64) * count + number, hashed(low, high, first + number), number < count)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
 @no_type_check
 def _uniform(words, first, numbers, count, NUMBERS: tl.constexpr):
-    image, number = _share(count, NUMBERS)
-    low, high = _stream(words, image)
-    tl.store(numbers + image.to(tl.int64) * count + number, _fraction(low, high, first + number), number < count)
+    image, number = share(count, NUMBERS)
+    low, high = stream(words, image)
+    tl.store(numbers + image.to(tl.int64) * count + number, fraction(low, high, first + number), number < count)
 
 
 @triton.jit(do_not_specialize=["first"])
 @no_type_check
 def _cover(
-    words, first, volumes, places, strides, starts, offsets, shown,
+    words, first, volumes, places, strides, starts, offsets, shown, drawn,
     windows, forms, voxels, AXES: tl.constexpr, LARGEST: tl.constexpr, POSITIONS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """shown: for each voxel, its last window and its position there, window * LARGEST + position."""
-    image, item = _share(windows * POSITIONS, ITEMS)
+    image, item = share(windows * POSITIONS, ITEMS)
+    if drawn is not None:  # noqa: SIM102  Triton may look at both sides of an "and"
+        if tl.load(drawn + image) == 0:
+            return
     window = item // POSITIONS
-    low, high = _stream(words, image)
+    low, high = stream(words, image)
     form, corner = _place(low, high, first, window, places, strides, windows, forms, AXES)
     volume = tl.where(window < windows, tl.load(volumes + form), 0)
     start = tl.load(starts + form)
@@ -101,16 +142,28 @@ def _shuffle(
     words, first, volumes, places, strides, starts, offsets, shown, source,
     windows, forms, voxels, AXES: tl.constexpr, LARGEST: tl.constexpr, SPARE: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
-    image, voxel = _share(voxels, VOXELS)
-    low, high = _stream(words, image)
+    image, voxel = share(voxels, VOXELS)
+    low, high = stream(words, image)
     at = image.to(tl.int64) * voxels + voxel
     last = tl.load(shown + at, voxel < voxels, -1)
+    moved = source_of(
+        voxel, last, low, high, first, volumes, places, strides, starts, offsets, windows, forms, AXES, LARGEST, SPARE
+    )
+    tl.store(source + at, moved.to(tl.int64), voxel < voxels)
+
+
+@triton.jit
+@no_type_check
+def source_of(
+    voxel, last, low, high, first, volumes, places, strides, starts, offsets,
+    windows, forms, AXES: tl.constexpr, LARGEST: tl.constexpr, SPARE: tl.constexpr,
+):  # fmt: skip
+    """The voxel that a voxel shows, where `last` is what `cover` has of it."""
     window, position = tl.maximum(last, 0) // LARGEST, tl.maximum(last, 0) % LARGEST
     form, corner = _place(low, high, first, window, places, strides, windows, forms, AXES)
-    first += (1 + AXES) * windows
-    position = _permute(position, tl.load(volumes + form), low, high, first, window, windows, SPARE)
-    moved = corner + tl.load(offsets + tl.load(starts + form) + position)
-    tl.store(source + at, tl.where(last < 0, voxel, moved).to(tl.int64), voxel < voxels)
+    numbers = first + (1 + AXES) * windows
+    position = _permute(position, tl.load(volumes + form), low, high, numbers, window, windows, SPARE)
+    return tl.where(last < 0, voxel, corner + tl.load(offsets + tl.load(starts + form) + position))
 
 
 @triton.jit
@@ -138,11 +191,11 @@ def _permute(position, volume, low, high, first, window, windows, SPARE: tl.cons
 @no_type_check
 def _place(low, high, first, window, places, strides, windows, forms, AXES: tl.constexpr):
     """Form and corner of windows, as `shuffle._draw`."""
-    form = (_fraction(low, high, first + window) * forms).to(tl.int32)
+    form = (fraction(low, high, first + window) * forms).to(tl.int32)
     corner = tl.zeros_like(window)
     for axis in tl.static_range(AXES):
-        fraction = _fraction(low, high, first + (1 + axis) * windows + window)
-        corner += (fraction * tl.load(places + axis * forms + form)).to(tl.int32) * tl.load(strides + axis)
+        place = fraction(low, high, first + (1 + axis) * windows + window)
+        corner += (place * tl.load(places + axis * forms + form)).to(tl.int32) * tl.load(strides + axis)
     return form, corner
 
 
@@ -150,20 +203,20 @@ def _place(low, high, first, window, places, strides, windows, forms, AXES: tl.c
 @no_type_check
 def _word(low, high, first, index):
     """The numbers from `first` on as pairs of int16, lower half first: the one at `index`."""
-    return (_hash(low, high, first + (index >> 1)) << (16 - 16 * (index & 1))) >> 16
+    return (hashed(low, high, first + (index >> 1)) << (16 - 16 * (index & 1))) >> 16
 
 
 @triton.jit
 @no_type_check
-def _fraction(low, high, number):
-    return ((_hash(low, high, number) >> 8) & 0xFFFFFF).to(tl.float32) * OF_FRACTION
+def fraction(low, high, number):
+    return ((hashed(low, high, number) >> 8) & 0xFFFFFF).to(tl.float32) * OF_FRACTION
 
 
 @triton.jit
 @no_type_check
-def _hash(low, high, number):
+def hashed(low, high, number):
     """The numbers of a stream at these positions."""
-    word = low + number * WEYL
+    word = low + tl.cast(number, tl.int32) * WEYL  # a constant's product would not wrap
     word = (word ^ ((word >> 16) & 0xFFFF)) * FIRST + high
     word = (word ^ ((word >> 15) & 0x1FFFF)) * SECOND
     return word ^ ((word >> 16) & 0xFFFF)
@@ -171,13 +224,13 @@ def _hash(low, high, number):
 
 @triton.jit
 @no_type_check
-def _stream(words, image):
+def stream(words, image):
     return tl.load(words + 2 * image), tl.load(words + 2 * image + 1)
 
 
 @triton.jit
 @no_type_check
-def _share(count, SHARE: tl.constexpr):
+def share(count, SHARE: tl.constexpr):
     """What this program does: an image, and `SHARE` of `count` items of it."""
     programs = tl.cdiv(count, SHARE)
     program = tl.program_id(0)

@@ -126,17 +126,19 @@ def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
 
 def in_memory(scan: Scan, case: Case, modality: Modality) -> Volume:
     """A scan as a volume that is in no store: the same integers and figures, its ids without a key."""
-    meta, stored, _ = _measure(scan, case, modality, "test", b"")
-    return _InMemory(meta, stored)
+    return _InMemory(*_measure(scan, case, modality, "test", b""))
 
 
 class _InMemory(Volume):
-    def __init__(self, meta: VolumeMeta, stored: np.ndarray) -> None:
+    def __init__(self, meta: VolumeMeta, stored: np.ndarray, foreground: Foreground) -> None:
         self.meta = meta
-        self._stored = stored
+        self._stored, self._foreground = stored, foreground
 
     def read(self, box: Box | None = None) -> np.ndarray:
         return self._stored[(slice(None), *(box or (slice(None),) * 3))]
+
+    def foreground(self) -> Foreground:
+        return self._foreground
 
     def labels(self, box: Box | None = None) -> None:
         return None

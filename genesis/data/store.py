@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ class VolumeStore:
     def __init__(self, folder: Path) -> None:
         if (folder / INCOMING).exists():
             raise UserError(f"Reading scans into {folder} was interrupted; give the same --data again, and it goes on.")
-        self._folder = folder / "volumes"
+        self.folder = folder
         self._descriptions = _descriptions(folder)
         self._volumes: dict[str, Volume] = {}
         if not self._descriptions:
@@ -167,7 +168,7 @@ class VolumeStore:
 
     def __getitem__(self, volume: str) -> Volume:
         if volume not in self._volumes:
-            self._volumes[volume] = Volume(self._folder / f"{volume}.b2nd", self._descriptions[volume])
+            self._volumes[volume] = Volume(self.folder / "volumes" / f"{volume}.b2nd", self._descriptions[volume])
         return self._volumes[volume]
 
     def __len__(self) -> int:

@@ -26,18 +26,24 @@ class Splits:
 def labelled_cases(store: VolumeStore, task: str) -> list[VolumeMeta]:
     """The labelled cases of a store."""
     if task == "classification":
-        cases = [meta for meta in store if meta.target is not None]
-        wanted = "a target (a whole number, as the column `target` of a CSV)"
+        cases, wanted = with_targets(store), "a target (a whole number, as the column `target` of a CSV)"
     else:
-        corner = (slice(0, 1),) * 3
-        cases = [meta for meta in store if meta.labelled and store[meta.volume].labels(corner) is not None]
-        wanted = "a label map"
+        cases, wanted = with_label_maps(store), "a label map"
     if not cases:
         raise UserError(f"None of the {len(store)} scans has {wanted}; pass --data with labelled scans.")
     channels = sorted({meta.shape[0] for meta in cases})
     if len(channels) > 1:
         raise UserError(f"The labelled scans have {channels} channels; choose the same for all with --channels.")
     return cases
+
+
+def with_targets(store: VolumeStore) -> list[VolumeMeta]:
+    return [meta for meta in store if meta.target is not None]
+
+
+def with_label_maps(store: VolumeStore) -> list[VolumeMeta]:
+    corner = (slice(0, 1),) * 3
+    return [meta for meta in store if meta.labelled and store[meta.volume].labels(corner) is not None]
 
 
 def split_cases(metas: Sequence[VolumeMeta]) -> Splits:
@@ -67,7 +73,7 @@ def choose(train: Sequence[VolumeMeta], labels: int, seed: int) -> list[VolumeMe
 
 
 def training_counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
-    """Numbers of training cases from `--labels`."""
+    """Numbers of training cases from `--labels`: numbers, percentages of those there are (one at least), or all."""
     there = len(splits.train)
     others = f"besides {len(splits.validation)} for validation and {len(splits.test)} for test"
     around = f"{there} labelled training cases ({others})"
@@ -75,12 +81,16 @@ def training_counts(labels: Sequence[str], splits: Splits) -> tuple[int, ...]:
         raise UserError(
             f"There are only {around}: label more, or say which are for training and test in a CSV's column `split`."
         )
+    counts = set()
     for text in labels:
-        if text != "all" and not (text.isdecimal() and int(text) > 0):
-            raise UserError(f"--labels {text}: expected a number of cases, or all.")
-        if text != "all" and int(text) > there:
+        number, percent = text.removesuffix("%"), text.endswith("%")
+        if text != "all" and not (number.isdecimal() and int(number) > 0):
+            raise UserError(f"--labels {text}: expected a number of cases, a percentage such as 10%, or all.")
+        count = there if text == "all" else int(number) if not percent else max(1, round(int(number) * there / 100))
+        if count > there:
             raise UserError(f"--labels {text}: there are {around}; ask for at most {there}, or all.")
-    return tuple(sorted({there if text == "all" else int(text) for text in labels}))
+        counts.add(count)
+    return tuple(sorted(counts))
 
 
 def report_cases(

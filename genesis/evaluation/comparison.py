@@ -1,8 +1,23 @@
 """Arms of an experiment against each other: mean ± sd over seeds, and paired differences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from types import MappingProxyType
+from typing import Protocol
+
+
+class Measured(Protocol):
+    """What is compared: values by name, of an arm at a number of labelled cases, with a seed."""
+
+    @property
+    def arm(self) -> str: ...
+    @property
+    def labels(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def values(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +46,12 @@ class Estimate:
         return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
 
-def average(scores: Sequence[Score], arm: str, labels: int, name: str) -> Estimate | None:
+def average(scores: Sequence[Measured], arm: str, labels: int, name: str) -> Estimate | None:
     """Over the seeds of an arm at a number of labelled cases, for one class or "mean"."""
     return Estimate.of([s.values[name] for s in scores if (s.arm, s.labels) == (arm, labels) and name in s.values])
 
 
-def difference(scores: Sequence[Score], arm: str, control: str, labels: int, name: str) -> Estimate | None:
+def difference(scores: Sequence[Measured], arm: str, control: str, labels: int, name: str) -> Estimate | None:
     """arm − control, paired: within each seed both saw the same cases in the same order with the same augmentations."""
     found = {(s.arm, s.seed): s.values[name] for s in scores if s.labels == labels and name in s.values}
     seeds = sorted(seed for a, seed in found if a == arm and (control, seed) in found)
@@ -44,22 +59,37 @@ def difference(scores: Sequence[Score], arm: str, control: str, labels: int, nam
 
 
 def as_table(scores: Sequence[Score], arms: Sequence[str], names: Sequence[str]) -> str:
-    """A Markdown table in percent: a line per number of labels and arm, then the first arm's gain over the second."""
-    columns = ["mean", *names]
+    """A Markdown table of trained models: the mean, then the classes of those names, then the learning rate."""
+    rates = {(s.labels, s.arm): f"{s.learning_rate:g}" for s in reversed(scores)}
+    return table(scores, arms, ["mean", *names], "labelled cases", {"learning rate": rates})
+
+
+def table(
+    scores: Sequence[Measured],
+    arms: Sequence[str],
+    columns: Sequence[str],
+    unit: str,
+    notes: Mapping[str, Mapping[tuple[int, str], str]] = MappingProxyType({}),
+) -> str:
+    """A Markdown table in percent: a line per number of `unit` and arm, then the first arm's gain over the second.
+
+    notes: further columns, with their cells by number and arm.
+    """
     lines = [
-        "| labelled cases | arm | " + " | ".join(columns) + " | seeds | learning rate |",
-        "|---|---|" + "---|" * (len(columns) + 2),
+        f"| {unit} | arm | " + " | ".join((*columns, "seeds", *notes)) + " |",
+        "|---|---|" + "---|" * (len(columns) + 1 + len(notes)),
     ]
     for labels in sorted({s.labels for s in scores}):
         for arm in arms:
             cells = [_percent(average(scores, arm, labels, name)) for name in columns]
-            mine = [s for s in scores if (s.arm, s.labels) == (arm, labels)]
-            lines.append(f"| {labels} | {arm} | {' | '.join(cells)} | {len(mine)} | {mine[0].learning_rate:g} |")
+            cells.append(str(sum((s.arm, s.labels) == (arm, labels) for s in scores)))
+            cells += [cell[labels, arm] for cell in notes.values()]
+            lines.append(f"| {labels} | {arm} | {' | '.join(cells)} |")
         if len(arms) == 2:
             gains = [difference(scores, arms[0], arms[1], labels, name) for name in columns]
-            pairs = gains[0].n if gains[0] else 0
             cells = [_percent(gain, "+") for gain in gains]
-            lines.append(f"| {labels} | {arms[0]} − {arms[1]} | {' | '.join(cells)} | {pairs} pairs | |")
+            cells.append(f"{gains[0].n if gains[0] else 0} pairs")
+            lines.append(f"| {labels} | {arms[0]} − {arms[1]} | {' | '.join(cells)} |{' |' * len(notes)}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 encoders together (`image_text`)."""
 
 from .card import Card, CohortCard, DataCard, PretrainingCard, SeenVolume, TaskCard, read_card
-from .image_text import ImageText, TextSide, load_image_text
+from .image_text import ImageText, TextSide, has_text_side, load_image_text
 from .loading import LoadReport, load_into
 from .package import find_package, load_pretrained, read_head, write_package
 
@@ -17,6 +17,7 @@ __all__ = [
     "TaskCard",
     "TextSide",
     "find_package",
+    "has_text_side",
     "load_image_text",
     "load_into",
     "load_pretrained",

@@ -97,6 +97,10 @@ class TextSide:
         write_json(place / "image_text.json", {"schema": SCHEMA, "method": dict(self.settings)})
 
 
+def has_text_side(package: Path) -> bool:
+    return (package / FOLDER / "image_text.json").is_file()
+
+
 def load_image_text(package: Path | str) -> ImageText:
     """Both encoders of a package that `convirt` or `gloria` made.
 
@@ -109,7 +113,7 @@ def load_image_text(package: Path | str) -> ImageText:
     path = Path(package)
     card = read_card(path)
     folder = path / FOLDER
-    if not (folder / "image_text.json").is_file():
+    if not has_text_side(path):
         raise UserError(
             f"{path} has no text encoder (method {card.pretraining.method}); texts need weights of convirt or gloria."
         )
