@@ -5,51 +5,25 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import Config, load_config
 from .data.patches import check_images, resolve_spacing, voxel_size
 from .data.pseudo_labels import PseudoLabels
 from .data.reports import Report, read_reports, reports_sha256
-from .data.store import Modality, VolumeMeta, VolumeStore, read_audit
+from .data.store import VolumeMeta, VolumeStore, read_audit
 from .engine.checkpoint import newest_intact, read_checkpoint
 from .errors import UserError
 from .files import check_schema, read_json, seal, unseal, verify_folder, write_aside, write_json
 from .network import configured_network
-from .weights import CohortCard, SeenVolume
+from .records import DiscoveryRecord, RunRecord, check_record
+from .weights import SeenVolume
 from .workspace import Workspace
 
 SCHEMA = 1  # of run.json
 DISCOVERY_SCHEMA = 1
-
-
-class _Record(BaseModel):
-    """What run.json and discovery.json must hold; they may hold more."""
-
-    model_config = ConfigDict(extra="allow")
-
-    dim: Literal["3d", "2d"]
-    seed: int = Field(ge=-(2**63), lt=2**63)
-    spacing_mm: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=3)] | None
-    in_channels: int = Field(ge=1, le=1000)
-    modality: Modality | list[Modality]
-
-
-class _RunRecord(_Record):
-    kind: Literal["train"]
-    method: str
-    status: Literal["running", "stopped", "finished"]
-    trained: list[Literal["encoder", "decoder"]] = []
-    cohort: CohortCard
-
-
-class _DiscoveryRecord(_Record):
-    data: dict[str, Any]
-    discovery: dict[str, Any]
-    pseudo_labels_sha256: str
 
 
 @dataclass(frozen=True)
@@ -175,16 +149,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     record = read_json(path)
     if isinstance(record, dict):
         check_schema(path, record.get("schema", SCHEMA), SCHEMA)
-    return record if isinstance(record, dict) and record.get("kind") == "finetune" else _valid(path, record, _RunRecord)
-
-
-def _valid(path: Path, record: Any, kind: type[_Record]) -> dict[str, Any]:
-    try:
-        kind.model_validate(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path} is damaged or was changed: {where}: {first['msg']}; make it anew.") from None
+    if not isinstance(record, dict) or record.get("kind") != "finetune":
+        check_record(path, record, RunRecord)
     return record
 
 
@@ -236,7 +202,7 @@ def _discovered(workspace: Workspace, spatial_dims: int) -> tuple[Material, dict
     check_schema(
         folder / "discovery.json", record.get("schema") if isinstance(record, dict) else None, DISCOVERY_SCHEMA
     )
-    _valid(folder / "discovery.json", record, _DiscoveryRecord)
+    check_record(folder / "discovery.json", record, DiscoveryRecord)
     store, table = VolumeStore(workspace.store), PseudoLabels.read(folder / "pseudo_labels.csv")
     now = {meta.volume: meta.split for meta in store}
     if strangers := set(table.volume.tolist()) - now.keys():

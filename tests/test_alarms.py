@@ -94,6 +94,38 @@ def test_a_training_that_went_back_resumes_to_the_same_bits(tmp_path: Path) -> N
     assert_same_run(whole, parts)
 
 
+class Interrupted(Regression):
+    """SIGTERM comes with the second batch of a validation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.judged = at, 0
+
+    def forward(self, batch: Batch) -> Output:
+        if not self.training:
+            self.judged += 1
+            if self.judged == self.at:
+                signal.raise_signal(signal.SIGTERM)
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize(("at", "step"), [(2, 4), (7, 8), (12, 10)])
+def test_a_signal_ends_a_validation_which_is_made_up_for(tmp_path: Path, at: int, step: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    how: dict[str, Any] = {"validation": Points(40), "validate_every": 4}
+    train(whole, Regression(), 10, **how)
+    interrupted = Interrupted(at)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, interrupted, 10, **how)
+    assert interrupted.judged == at  # of five batches each
+    last = read_checkpoint(parts / "checkpoints" / "last.pt")
+    assert (last["step"], last["judging"]) == (step, True)
+    assert [row["step"] for row in read_metrics(parts, "val")] == [s for s in (4, 8, 10) if s < step]
+    train(parts, Regression(), 10, resume=True, **how)
+    assert_same_run(whole, parts)
+    assert read_metrics(parts, "val") == read_metrics(whole, "val")
+
+
 class Constant(Regression):
     def collapsed(self, figures: dict[str, float]) -> list[str]:
         return ["the answer is always the same"]

@@ -35,7 +35,7 @@ def likeness(array: np.ndarray) -> str:
     cells = np.maximum(cells, _air(cells))
     _, which, counts = np.unique(cells, return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - counts / 2)[which].reshape(cells.shape)
-    tissue = _averaged(_soft_tissue(image))
+    tissue = _averaged(image, _soft_tissue(image))
     return f"{_signs(ranks)}-{_signs(tissue)}"
 
 
@@ -61,9 +61,11 @@ def knows_narrow_windows(one: str) -> bool:
     return "-" in one
 
 
-def _averaged(image: np.ndarray) -> np.ndarray:
+def _averaged(image: np.ndarray, window: tuple[float, float] | None = None) -> np.ndarray:
+    """Means over the grid of the values, clipped to a window."""
     for axis, side in enumerate(image.shape):
-        image = np.moveaxis(_means(np.moveaxis(image, axis, 0), _shares(side)), 0, axis)
+        image = np.moveaxis(_means(np.moveaxis(image, axis, 0), _shares(side), window), 0, axis)
+        window = None
     return image
 
 
@@ -74,26 +76,25 @@ def _signs(cells: np.ndarray) -> str:
     return np.packbits(waves[middle] > 0).tobytes().hex()
 
 
-def _soft_tissue(image: np.ndarray) -> np.ndarray:
-    """Clipped around the commonest values that are not air: the same tissue in whatever unit and window.
+def _soft_tissue(image: np.ndarray) -> tuple[float, float]:
+    """A window around the commonest values that are not air: the same tissue in whatever unit and window.
 
     Their middle is the shortest interval that holds half of what is neither air nor as bright as can be; its ends are
     found by counting from the brightest voxel on, since fat counts as air in one window and not in another.
     """
-    image = image.astype(np.float32)
-    if image.min() <= HU:
-        image = image.clip(*SOFT_HU)
     values = np.sort(image.ravel()[:: max(1, image.size // SAMPLE)].astype(np.float64))[::-1]
+    if values[-1] <= HU:
+        values = values.clip(*SOFT_HU)
     tissue = values[(values > _air(values)) & (values < values[0])]
     if not len(tissue):
-        return image
+        return float(values[-1]), float(values[0])
     half = (len(tissue) + 1) // 2
     widths = tissue[: len(tissue) - half + 1] - tissue[half - 1 :]
     starts = np.flatnonzero(widths <= 1.1 * widths.min())
     start = starts[len(starts) // 2]
     brighter = (values > tissue[start : start + half].mean()).sum()
     high, low = (values[min(len(values) - 1, int(factor * brighter))] for factor in AROUND)
-    return image.clip(low, high)
+    return float(low), float(high)
 
 
 def _air(values: np.ndarray) -> float:
@@ -105,12 +106,15 @@ def _air(values: np.ndarray) -> float:
     return float(middles[between.argmax()])
 
 
-def _means(array: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def _means(array: np.ndarray, shares: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
     """shares (CELLS, side) @ array (side, …), as float32, from those voxels only that have a share in the cell."""
     means = np.empty((CELLS, *array.shape[1:]), np.float32)
     for cell, share in enumerate(shares):
         first, last = np.flatnonzero(share)[[0, -1]]
-        means[cell] = np.tensordot(share[first : last + 1], array[first : last + 1].astype(np.float32), axes=1)
+        slab = array[first : last + 1].astype(np.float32)
+        if window is not None:
+            np.clip(slab, *window, out=slab)
+        means[cell] = np.tensordot(share[first : last + 1], slab, axes=1)
     return means
 
 

@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
 from types import FrameType
@@ -96,7 +97,7 @@ def fit(
     Raises `UserError` when the batch cannot be divided among the processes, does not fit into memory (the checkpoints
     stay as they were), or a checkpoint is damaged; `TrainingAlarm`, one too, when training cannot go on: "not_finite",
     "stalled_data", "diverging_rank". Ctrl-C and SIGTERM, to whichever process, raise KeyboardInterrupt(signal number)
-    in all of them after the step at hand, with `last.pt` written.
+    in all of them after the step, or the validation's batch, at hand, with `last.pt` written.
     """
     fabric = launch(device)
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
@@ -116,7 +117,7 @@ def fit(
     elif fabric.is_global_zero:
         for path in (last, last.with_name("previous.pt"), best):
             path.unlink(missing_ok=True)
-    if state.step >= steps or state.has_stalled(patience):
+    if not state.judging and (state.step >= steps or state.has_stalled(patience)):
         return state.result()
 
     to_come = range(state.step, steps)
@@ -136,14 +137,16 @@ def fit(
         failures_named(),
     ):
         shown: dict[str, float | str] = {}
-        for batch in waiting.watch(batches):
-            for terms in take_step(batch, state.step):
-                state.recent.add(terms)
-            state.step += 1
-            step_is_over()
+        for batch in chain([None] * state.judging, waiting.watch(batches)):  # None: that step was taken, not judged
+            if batch is not None:
+                for terms in take_step(batch, state.step):
+                    state.recent.add(terms)
+                state.step += 1
+                step_is_over()
 
             validating = state.step % validate_every == 0 or state.step == steps
-            if validating or state.step % LOG_EVERY == 0:
+            in_a_row = take_step.skipped[1].item() if batch is None else 0
+            if batch is not None and (validating or state.step % LOG_EVERY == 0):
                 numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped])).tolist()
                 *means, skipped, in_a_row = numbers
                 figures = dict(zip(state.recent.names, means, strict=True))
@@ -170,23 +173,29 @@ def fit(
                 _check_weights(method, fabric, state.step)
                 if held_out is not None:
                     with take_step.autocast():
-                        figures = validate(method, held_out, fabric, seed)
+                        figures = validate(method, held_out, fabric, seed, interrupted)
+                    state.judging = not figures
+                if held_out is not None and not state.judging:
                     monitor.write(state.step, "val", figures)
                     shown["val_loss"] = figures["loss"]
                     complaints = method.collapsed(figures)
                     state.collapsed = state.collapsed + 1 if complaints else 0
                     if state.collapsed == COLLAPSED_AFTER:
                         monitor.alarm(state.step, "collapsed", "; ".join(complaints))
-                if state.is_best(figures, judged=held_out is not None) and fabric.is_global_zero:
+                best_yet = not state.judging and state.is_best(figures, judged=held_out is not None)
+                if best_yet and fabric.is_global_zero:
                     write_checkpoint(best, {"step": state.step, "metrics": figures, "method": method.state_dict()})
             stop = largest(fabric, interrupted())
-            good = validating and not in_a_row  # weights that make a step be skipped may be no good
+            good = (
+                validating and not state.judging and not in_a_row
+            )  # weights that make a step be skipped may be no good
             state.returned = state.returned and not good
             if (good or stop) and fabric.is_global_zero:
                 tensors = {"method": method.state_dict(), "optimizer": optim.state_dict()}
                 keep_previous(last)
                 write_checkpoint(last, {**asdict(state), **tensors, "skipped": take_step.skipped})
-            bar.advance(**shown)
+            if batch is not None:
+                bar.advance(**shown)
             if stop:
                 raise KeyboardInterrupt(stop)
             if state.has_stalled(patience):
@@ -194,14 +203,28 @@ def fit(
     return state.result()
 
 
-def validate(method: Method, batches: Iterable[Batch], fabric: "Fabric", seed: int) -> dict[str, float]:
-    """The method's figures of held-out data, from the first process for all."""
+class _Interrupted(Exception):
+    """A signal came during a validation."""
+
+
+def validate(
+    method: Method, batches: Iterable[Batch], fabric: "Fabric", seed: int, interrupted: Callable[[], int] = lambda: 0
+) -> dict[str, float]:
+    """The method's figures of held-out data, from the first process for all; none if `interrupted` between batches."""
     figures: dict[str, float] = {}
+
+    def on_device() -> Iterator[Batch]:
+        for batch in batches:
+            if interrupted():
+                raise _Interrupted
+            yield fabric.to_device(batch)
+
     if fabric.is_global_zero:
         torch.manual_seed(key(seed, "validation"))
         method.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # batches are of any size here
-            figures = method.validate(fabric.to_device(batch) for batch in batches)
+        eager = torch.compiler.set_stance("force_eager")  # batches are of any size here
+        with suppress(_Interrupted), torch.no_grad(), eager:
+            figures = method.validate(on_device())
         method.train()
     return fabric.broadcast(figures)
 
@@ -225,6 +248,7 @@ class _State:
     recent: RunningMean = field(default_factory=RunningMean)  # since the last row of metrics
     collapsed: int = 0  # validations in a row that show nothing learned
     returned: bool = False  # to the weights of the last checkpoint
+    judging: bool = False  # the step was taken, but its validation was interrupted
 
     def is_best(self, figures: dict[str, float], judged: bool) -> bool:
         """Take note of a validation; a step that is not `judged` by held-out data is better than all before it."""
@@ -252,7 +276,7 @@ def _restore(path: Path, method: Method, take_step: TrainingStep) -> _State:
                 values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     if "skipped" in saved:  # since 0.2
         take_step.skipped.copy_(saved["skipped"])
-    names = ("step", "best_step", "best_loss", "metrics", "fruitless", "collapsed", "returned")
+    names = ("step", "best_step", "best_loss", "metrics", "fruitless", "collapsed", "returned", "judging")
     return _State(**{n: saved[n] for n in names if n in saved}, recent=RunningMean(**saved["recent"]))
 
 
