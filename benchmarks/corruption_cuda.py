@@ -72,7 +72,7 @@ def main() -> None:
         [row(subject, ours, rival, "ms", "≤ 0.03")],
         f"least of 3 turns of {options.repeats}; the step: bf16, channels last, {how}, on one fixed batch",
         "ms of each transform alone: " + ", ".join(f"{name} {time:.2f}" for name, time in parts.items()),
-        f"random numbers and shuffle: {'PyTorch' if kernels(device) is None else 'Triton'}",
+        f"kernels: {'of PyTorch' if kernels(device) is None else 'of our own, in Triton'}",
         "no synchronisation: torch.cuda.set_sync_debug_mode('error') was on while corrupting",
         device=device.type,
     )

@@ -20,7 +20,7 @@ from genesis.engine.memory import bytes_kept, largest_that_fits
 from genesis.engine.method import Batch, Method, Output
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
-from genesis.engine.step import StepSettings, TrainingStep
+from genesis.engine.step import WHOLE, StepSettings, TrainingStep, _copies, _put_back
 from genesis.engine.trainer import LOG_EVERY
 from genesis.errors import UserError
 from genesis.methods import METHODS, Facts
@@ -152,6 +152,22 @@ def test_a_batch_that_cannot_fit_says_what_would(tmp_path: Path) -> None:
     starved.most = 0
     with pytest.raises(UserError, match="Not even one patch fits"):
         train(tmp_path, starved, 2)
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0])
+def test_tensors_are_put_back_bit_by_bit(bad: float) -> None:
+    steps = [torch.arange(6), torch.rand(2, 3).bfloat16(), torch.rand(2, 3).T, torch.tensor([True, False])]
+    start = [*steps, torch.tensor(3), torch.tensor([-0.0, 1e-42, torch.inf]), torch.rand(1, 2, 3, dtype=torch.float64)]
+    ends = [~x if x.dtype == torch.bool else x + 1 for x in start]
+    ends[5][:] = torch.nan
+    tensors = [x.clone() for x in start]
+    before = _copies(tensors)
+    for tensor, end in zip(tensors, ends, strict=True):
+        tensor.copy_(end)
+    _put_back(tensors, before, torch.tensor(bad))
+    for tensor, expected in zip(tensors, start if bad else ends, strict=True):
+        whole = WHOLE[tensor.element_size()]
+        assert torch.equal(tensor.view(whole), expected.view(whole))
 
 
 def test_the_largest_that_fits() -> None:

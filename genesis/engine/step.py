@@ -1,5 +1,7 @@
 """One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
 
+import functools
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +17,8 @@ from .optimizer import OptimizerSettings
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+WHOLE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes: to look at bits
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -75,16 +79,17 @@ class TrainingStep:
         self._model, self.optimizer = fabric.setup(method, optimizer.build(method.param_groups(), fused=cuda))
         self._proven = False  # a step has run
         self.skipped = torch.zeros(2, device=fabric.device)
+        self._adds_up = torch.tensor([1.0, 0.0], device=fabric.device)  # which of the two goes on after a good step
 
     def __call__(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
         """Take step 0, 1, …; the loss, its terms and the method's metrics of every part of the batch.
 
         Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
         """
-        kept = [(tensor, tensor.clone()) for tensor in _without_gradient(self._method)]
+        before = _copies(_without_gradient(self._method))
         try:
             terms = self._gradients_or_eager(batch, step)
-            self._update(step, torch.stack([part["loss"] for part in terms]).sum(), kept)
+            self._update(step, _sum(part["loss"] for part in terms), before)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -119,21 +124,21 @@ class TrainingStep:
                 with self._fabric.no_backward_sync(self._model, enabled=number < len(parts)):
                     with self.autocast():
                         output = self._model(part)
-                    loss = torch.stack(list(output.losses.values())).sum()
-                    self._fabric.backward(loss / len(parts))
+                    loss = _sum(output.losses.values())
+                    self._fabric.backward(loss / len(parts) if len(parts) > 1 else loss)
                 values = {"loss": loss, **output.losses, **output.metrics}
                 if "padding" in part:
                     values["padding"] = part["padding"].mean()
                 terms.append({name: value.detach() for name, value in values.items()})
         return terms
 
-    def _update(self, step: int, loss: Tensor, kept: list[tuple[Tensor, Tensor]]) -> None:
+    def _update(self, step: int, loss: Tensor, before: list[Tensor]) -> None:
         self._rule.set_rate(self.optimizer, step, self._steps)
         self._method.before_optimizer_step(step)
         norm = self._clipped_norm()
         if self._fabric.world_size > 1:  # of the gradient all know the same already
             loss = self._fabric.all_reduce(loss, reduce_op="sum")
-        bad = (~(loss + norm).isfinite()).float()
+        bad = ((loss + norm) * 0).nan_to_num(1.0)  # 0 times what is not finite is NaN
         if loss.device.type == "cpu":
             if not bad.item():
                 self.optimizer.step()
@@ -142,11 +147,8 @@ class TrainingStep:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._method.after_optimizer_step(step)
-        with torch.no_grad():
-            for tensor, before in kept:
-                tensor.copy_(torch.where(bad > 0, before, tensor))
-        since, in_a_row = self.skipped
-        self.skipped = torch.stack([since + bad, (in_a_row + 1) * bad])
+        _put_back(_without_gradient(self._method), before, bad)
+        self.skipped = torch.addcmul(bad, self.skipped, torch.maximum(self._adds_up, bad))
 
     def _clipped_norm(self) -> Tensor:
         """The norm of the gradient before it is clipped."""
@@ -187,6 +189,32 @@ class TrainingStep:
 def _without_gradient(method: nn.Module) -> list[Tensor]:
     """What changes without the optimizer: batch norm's statistics, queues, a teacher's weights."""
     return [*method.buffers(), *(weight.data for weight in method.parameters() if not weight.requires_grad)]
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    for dtype in {tensor.dtype for tensor in tensors}:
+        source, target = ([x for x in side if x.dtype == dtype] for side in (tensors, copies))
+        torch._foreach_copy_(target, source)
+    return copies
+
+
+@torch.no_grad()
+def _put_back(tensors: list[Tensor], before: list[Tensor], bad: Tensor) -> None:
+    """Make tensors what they were before where `bad` is 1, without asking whether it is.
+
+    As whole numbers, of which 0 times any is 0: a value that is not finite would spoil the sum.
+    """
+    for dtype in {tensor.dtype for tensor in tensors}:
+        whole = WHOLE[dtype.itemsize]
+        now, then = ([x.view(whole) for x in side if x.dtype == dtype] for side in (tensors, before))
+        changes = torch._foreach_sub(then, now)
+        torch._foreach_mul_(changes, bad.to(whole))
+        torch._foreach_add_(now, changes)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def _channels_last(method: nn.Module) -> None:

@@ -27,7 +27,7 @@ from .monitor import Monitor, RunningMean
 from .optimizer import OptimizerSettings
 from .profiling import profiled
 from .ranks import gather, largest
-from .step import StepSettings, TrainingStep
+from .step import WHOLE, StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -315,8 +315,7 @@ def _check_weights(method: Method, fabric: "Fabric", step: int) -> None:
 
 def _bit_sum(method: Method) -> int:
     """Of all weights read as whole numbers; any flipped bit changes it."""
-    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return int(torch.stack([w.detach().view(whole[w.element_size()]).sum() for w in method.parameters()]).sum())
+    return int(torch.stack([w.detach().view(WHOLE[w.element_size()]).sum() for w in method.parameters()]).sum())
 
 
 @contextmanager
