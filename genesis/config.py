@@ -161,6 +161,37 @@ class ViewMethodConfig(_Section):
         return "views"
 
 
+class ContrastConfig(_Section):
+    hidden: PositiveInt  # of the projection head
+    dim: PositiveInt  # of embeddings
+    temperature: PositiveFloat
+    virtual_batch: PositiveInt | None = (
+        None  # samples per step that the loss sees; train.batch_size are encoded at once
+    )
+
+
+class ContrastiveConfig(ViewMethodConfig):
+    """What SimCLR and MoCo v2 have in common."""
+
+    contrast: ContrastConfig
+
+    @model_validator(mode="after")
+    def _compares_two_views(self) -> "ContrastiveConfig":
+        if self.views.global_views != 2 or self.views.local_views:
+            raise ValueError("two views are compared: views.global_views must be 2 and views.local_views 0")
+        return self
+
+
+class SimCLRConfig(ContrastiveConfig):
+    name: Literal["simclr"]
+
+
+class MoCoV2Config(ContrastiveConfig):
+    name: Literal["moco_v2"]
+    queue: PositiveInt  # older keys, the negatives
+    momentum: float = Field(ge=0, lt=1)  # of the teacher
+
+
 class PrototypesConfig(_Section):
     count: Annotated[int, Field(ge=2)]
     frozen_steps: int = Field(ge=0)  # the first, in which they stay as they are
@@ -204,7 +235,9 @@ class OnlineClusteringConfig(_ClusteringConfig):
     hybrid: bool  # also classify whole scans by their target, where they have one
 
 
-MethodConfig = Annotated[RestorationConfig | SwavConfig | OnlineClusteringConfig, Field(discriminator="name")]
+MethodConfig = Annotated[
+    RestorationConfig | SimCLRConfig | MoCoV2Config | SwavConfig | OnlineClusteringConfig, Field(discriminator="name")
+]
 
 
 class OptimizerConfig(_Section):
@@ -261,6 +294,30 @@ class Config(_Section):
     method: MethodConfig
     train: TrainConfig
     finetune: FinetuneConfig
+
+    @property
+    def samples_per_step(self) -> int:
+        """Over all ranks."""
+        contrast = self.method.contrast if isinstance(self.method, ContrastiveConfig) else None
+        return (contrast and contrast.virtual_batch) or self.train.batch_size
+
+    @model_validator(mode="after")
+    def _samples_are_compared(self) -> "Config":
+        if not isinstance(self.method, ContrastiveConfig):
+            return self
+        parts, batch, samples = self.train.accumulate, self.train.batch_size, self.samples_per_step
+        if parts > 1:
+            raise ValueError(
+                f"train.accumulate is {parts}, but {self.method.name} compares the samples of a step: set it to 1, "
+                f"train.batch_size to what fits and method.contrast.virtual_batch to the samples of a step, now {batch}"
+            )
+        if samples % batch:
+            raise ValueError(
+                f"method.contrast.virtual_batch is {samples}: it must be a multiple of train.batch_size, {batch}"
+            )
+        if self.method.name == "simclr" and samples < 2:
+            raise ValueError("simclr compares the samples of a step: train.batch_size must be at least 2")
+        return self
 
     @model_validator(mode="after")
     def _batch_is_whole(self) -> "Config":

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from .cli import add_dim_argument, command, interrupted_code
-from .config import TrainConfig, load_config
+from .config import Config, load_config
 from .data.resident import ResidentPatches
 from .data.store import MODALITIES
 from .engine.checkpoint import read_checkpoint
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": seed,
         "device": options.device,
         "steps": config.train.steps,
-        "batch_size": config.train.batch_size,
+        "batch_size": config.samples_per_step,
         "optimizer": OptimizerSettings(**config.train.optimizer.model_dump()),
         "settings": StepSettings(config.train.precision, config.train.compile, config.train.accumulate),
         "validate_every": config.train.validate_every,
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     judges = f"{len(validation) if validation else 'no'} patches of held-out patients judge it"
     fabric.print(f"Training {config.method.name} on {_amount(this)}; {judges}.")
     if options.dry_run:
-        fabric.print(_forecast(measure(method, train, **how), config.train, this.folder))
+        fabric.print(_forecast(measure(method, train, **how), config, this.folder))
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
@@ -207,16 +207,17 @@ def _draw(this: Run, method: Method, samples: Patches, device: torch.device) -> 
         picture(figures / f"{name}.png", columns, aspect=spacing_mm[1] / spacing_mm[0] if spacing_mm else 1.0)
 
 
-def _forecast(estimate: Estimate, settings: TrainConfig, folder: Path) -> str:
+def _forecast(estimate: Estimate, config: Config, folder: Path) -> str:
     """A dry run in words."""
+    samples = config.samples_per_step
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(place).free
     short = "" if estimate.disk_bytes < free else ": NOT ENOUGH"
     return "\n".join(
         (
-            f"Measured on {estimate.measured} steps of {settings.batch_size} patches; nothing was written.",
-            f"  time    {estimate.hours:.3g} hours for {settings.steps} steps, if none are saved by stopping early "
-            f"({settings.batch_size / estimate.seconds:.3g} patches/s, data wait {estimate.waited:.0%})",
+            f"Measured on {estimate.measured} steps of {samples} patches; nothing was written.",
+            f"  time    {estimate.hours:.3g} hours for {config.train.steps} steps, if none are saved by stopping early "
+            f"({samples / estimate.seconds:.3g} patches/s, data wait {estimate.waited:.0%})",
             f"  memory  {_size(estimate.peak_bytes)} at most, of {_size(estimate.usable_bytes)}; "
             f"a batch of about {estimate.largest_batch} would fit",
             f"  disk    {_size(estimate.disk_bytes)}; {_size(free)} are free{short}",

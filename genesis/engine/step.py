@@ -169,7 +169,9 @@ class TrainingStep:
             torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), weights, allow_unused=True)
 
         share = len(batch["image"])
+        self._method.eval()  # in which a method waits for no other process either
         fits = largest_that_fits(attempt, share // self._settings.accumulate)
+        self._method.train()
         del room
         where = "the memory of " + ("this machine" if self._fabric.device.type == "cpu" else str(self._fabric.device))
         if not fits:

@@ -33,3 +33,24 @@ def effective_rank(features: Float[Tensor, "n d"]) -> float:
     spectrum = torch.linalg.svdvals(features - features.mean(0))
     share = spectrum / spectrum.sum().clamp(min=1e-12)
     return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
+
+
+def alignment(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Mean squared distance of the unit vectors of two views, 0 to 4; low is good (Wang & Isola, ICML 2020)."""
+    return (first.float() - second.float()).square().sum(1).mean()
+
+
+def uniformity(embeddings: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """log of the mean of exp(-2 ‖x - y‖²) over pairs of unit vectors (Wang & Isola, ICML 2020); one vector: 0.
+
+    0 when all are the same; the lower, the more evenly they spread on the sphere, to about -4 at best.
+    """
+    if len(embeddings) < 2:
+        return embeddings.new_zeros(())
+    return torch.pdist(embeddings.float()).square().mul(-2).exp().mean().log()
+
+
+def choice_accuracy(logits: Float[Tensor, "anchors candidates"], positive: Int[Tensor, "anchors"]) -> Float[Tensor, ""]:
+    """Share of anchors whose positive has a larger logit than every other candidate, in [0, 1]; a tie is wrong."""
+    others = logits.scatter(1, positive[:, None], -torch.inf).amax(1)
+    return (logits.gather(1, positive[:, None]).squeeze(1) > others).float().mean()

@@ -4,14 +4,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, OnlineClusteringConfig, RestorationConfig, SwavConfig, ViewMethodConfig
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import (
+    Config,
+    ContrastiveConfig,
+    MoCoV2Config,
+    OnlineClusteringConfig,
+    RestorationConfig,
+    SwavConfig,
+    ViewMethodConfig,
+)
 from ..data.store import MODALITIES, Modality
 from ..engine.method import Method
 from ..errors import UserError
 from ..models import Backbone, ProjectionHead, Prototypes
 from ..transforms import Corruption, EnergyBands, IntensityRange, MultiCrop
+from .moco_v2 import MoCoV2
 from .online_clustering import OnlineClustering
 from .semantic_genesis import SemanticGenesis
+from .simclr import SimCLR
 from .swav import SwAV
 
 
@@ -50,6 +62,21 @@ def _views(config: Config) -> MultiCrop:
         **settings.model_dump(exclude={"source", "intensity"}),
         intensity=tuple(IntensityRange(**each.model_dump()) for each in ranges),
     )
+
+
+def _contrastive(config: Config, backbone: Backbone, facts: Facts) -> Method:
+    settings = config.method
+    assert isinstance(settings, ContrastiveConfig)
+    parts = config.samples_per_step // config.train.batch_size
+    if parts > 1 and any(isinstance(part, _BatchNorm) for part in backbone.encoder.modules()):
+        raise UserError(
+            f"method.contrast.virtual_batch: the network {config.network.name} has batch norm, which in "
+            "parts of a batch differs from that of the whole; use network.name=unet, or leave virtual_batch out."
+        )
+    how = {**settings.contrast.model_dump(exclude={"virtual_batch"}), "parts": parts}
+    if isinstance(settings, MoCoV2Config):
+        return MoCoV2(backbone, _views(config), queue=settings.queue, momentum=settings.momentum, **how)
+    return SimCLR(backbone, _views(config), **how)
 
 
 def _swav(config: Config, backbone: Backbone, facts: Facts) -> Method:
@@ -106,6 +133,8 @@ METHODS: dict[str, Callable[[Config, Backbone, Facts], Method]] = {
     "patch_shuffling": _restoration,
     "autoencoder": _restoration,
     "classification_only": _restoration,
+    "simclr": _contrastive,
+    "moco_v2": _contrastive,
     "swav": _swav,
     "online_clustering": _online_clustering,
 }

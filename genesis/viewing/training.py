@@ -15,6 +15,9 @@ from .figures import save
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("restoration: mean squared error", "mse", {"input_mse": "corrupted input", "mean_mse": "patch mean"}),
     ("pseudo-label accuracy", "accuracy", {"knn_accuracy": "k-NN on features", "chance": "chance"}),
+    ("the other view found", "pretext_accuracy", {"pretext_chance": "chance"}),
+    ("alignment of views (0 is best)", "alignment", {}),
+    ("uniformity (0 is collapsed)", "uniformity", {}),
     ("swapped prediction: cross-entropy", "swapped", {"ln_prototypes": "uniform guess"}),
     ("entropy of codes (of 1)", "code_entropy", {}),
     ("use of prototypes (of 1)", "prototype_usage", {}),
