@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.gathering import gathered
 from ..engine.method import Batch, Method, Output
-from ..evaluation.probes import effective_rank
+from ..evaluation.probes import alignment, effective_rank, uniformity
 from ..losses.clustering import code_entropy, nearest_prototypes, sinkhorn, swapped_prediction_loss
 from ..models import Backbone, ProjectionHead, Prototypes
 from ..models.heads import pool
@@ -88,7 +89,7 @@ class SwAV(Method):
         loss; swapped: the cross-entropy of codes and predictions, beside ln_prototypes, that of a uniform guess;
         agreement: how often a global view's nearest prototype is the first of another one's code; code_entropy, in
         units of ln_prototypes; prototype_usage and largest_prototype of the global views, see `nearest_prototypes`;
-        effective_rank of the pooled bottleneck features of global views.
+        alignment and uniformity of the embeddings of global views; effective_rank of their pooled bottleneck features.
         """
         seen, rest = [], []
         for batch in batches:
@@ -158,7 +159,7 @@ class SwAV(Method):
         ranks = processes() if self.training else 1
         if self.training:
             scores = torch.cat((scores, self._queue_scores(ranks)), dim=1)
-            self._enqueue(embeddings, modality, ranks)
+            self._enqueue(embeddings, modality)
         codes = [
             sinkhorn(of_view, epsilon=self.epsilon, iterations=self.iterations, distributed=ranks > 1)
             for of_view in scores
@@ -173,16 +174,11 @@ class SwAV(Method):
         unused = (modality < 0) | (self.steps < self.queue_start)
         return scores.unflatten(0, embeddings.shape[:2]).masked_fill(unused[:, None], -math.inf)
 
-    def _enqueue(self, embeddings: Tensor, modality: Tensor, ranks: int) -> None:
+    def _enqueue(self, embeddings: Tensor, modality: Tensor) -> None:
         length = self.queue.shape[1]
         if not length:
             return
-        if ranks > 1:
-            everyone = [torch.empty_like(embeddings) for _ in range(ranks)]
-            torch.distributed.all_gather(everyone, embeddings.contiguous())
-            modalities = [torch.empty_like(modality) for _ in range(ranks)]
-            torch.distributed.all_gather(modalities, modality)
-            embeddings, modality = torch.cat(everyone, dim=1), torch.cat(modalities)
+        embeddings, modality = gathered(embeddings.transpose(0, 1))[0].transpose(0, 1), gathered(modality)[0]
         self.queue.copy_(torch.cat((embeddings, self.queue), dim=1)[:, :length])
         self.queued_modality.copy_(torch.cat((modality, self.queued_modality))[:length])
 
@@ -204,6 +200,8 @@ class SwAV(Method):
             "ln_prototypes": math.log(self.prototypes.count),
             "agreement": float((globals_[0].argmax(1) == codes[1].argmax(1)).float().mean()),
             "largest_prototype": float(largest),
+            "alignment": float(alignment(seen.embeddings[0], seen.embeddings[1])),
+            "uniformity": float(uniformity(seen.embeddings[0])),
             "effective_rank": effective_rank(seen.features.flatten(0, 1).float()),
         }
 
