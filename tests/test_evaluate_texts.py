@@ -12,14 +12,11 @@ from torch import Tensor
 from genesis.cli import main
 from genesis.config import ConVIRTConfig, image_text_settings
 from genesis.data.reports import Report, write_reports
-from genesis.data.sample_cohort import write_sample_cohort
-from genesis.data.store import VolumeStore
 from genesis.errors import UserError
-from genesis.evaluation.image_text import Pair, both_ways, read_prompts, reported, search_by_report, zero_shot
+from genesis.evaluation.image_text import Pair, both_ways, read_prompts, search_by_report, zero_shot
 from genesis.evaluation.questions import Targets, questions
 from genesis.methods import image_text_method
 from genesis.models import build_backbone
-from genesis.prepare import prepare
 from genesis.text.encoders import own_text_model
 from genesis.text.studies import studies_of
 from genesis.weights import (
@@ -30,7 +27,6 @@ from genesis.weights import (
     load_image_text,
     write_package,
 )
-from genesis.workspace import Workspace
 
 SPLITS = ("train",) * 4 + ("val",) * 2 + ("test",) * 4
 DATA = DataCard(modality="ct", window_hu=(-1000, 1000), spacing_mm=(2.0, 2.0, 3.0), patch_size=(16, 16, 16))
@@ -195,18 +191,3 @@ def test_a_package_without_texts_is_refused_before_anything_is_read(
     write_package(workspace / "weights" / "mute", backbone, data=DATA, pretraining=seen)
     where = ("--weights", "mute", "--data", "nowhere", "--prompts", str(workspace / "prompts.yaml"))
     assert "has no text encoder" in refused(workspace, capsys, "--task", "zero_shot", *where)
-
-
-@pytest.mark.slow
-def test_a_few_minutes_of_convirt_find_the_image_of_a_report(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    data = write_sample_cohort(workspace.sample, patients=96)
-    prepare(data, workspace.store, workspace, modality="ct", sample=True)
-    where = ("--workspace", str(tmp_path), "--device", "cpu")
-    main(["train", "--method", "convirt", *where])
-    main(["export", "--workspace", str(tmp_path)])
-    store = VolumeStore(workspace.store)
-    pair = Pair(load_image_text(workspace.weights / "convirt_3d"), store)
-    similarity, relevant = search_by_report(pair, reported(store))
-    found = both_ways(similarity, relevant["its own report"])["text to image"]
-    assert found["precision@5"] > 2 * found["chance"]
