@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
         _draw(this, method.eval(), validation or train, fabric.device)
         write_sums(this.folder, "figures/*")
         this.write("finished")
-        print(_summary(result, method))
+        print(_summary(result, method, judged=validation is not None))
         print(f"The run is in {this.folder}; next: {command(options, 'export')}")
 
 
@@ -248,10 +248,10 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _summary(result: FitResult, method: Method) -> str:
+def _summary(result: FitResult, method: Method, *, judged: bool) -> str:
     """The best step in words."""
     lines = [f"Trained {result.step} steps; the best is step {result.best_step}, loss {result.best_loss:.4g}."]
-    return "\n  ".join((*lines, *method.told(result.metrics)))
+    return "\n  ".join((*lines, *(method.told(result.metrics) if judged else ())))
 
 
 if __name__ == "__main__":
