@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from genesis.evaluation.probes import alignment, choice_accuracy, uniformity
-from genesis.losses.contrastive import info_nce, nt_xent
+from genesis.losses.contrastive import info_nce, info_nce_among, nt_xent
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -67,6 +67,13 @@ def test_info_nce_is_equation_1() -> None:
     )
     mine, slow = (on_the_sphere(torch.autograd.grad(each, queries)[0], queries) for each in (contrast.loss, expected))
     torch.testing.assert_close(mine, slow, atol=1e-9, rtol=0)
+
+
+def test_info_nce_among_samples_has_the_others_for_a_queue() -> None:
+    queries, keys = unit(5, 6), unit(5, 6, seed=1)
+    others = [torch.cat((keys[:row], keys[row + 1 :])) for row in range(5)]
+    each = [slow_info_nce(queries[row, None], keys[row, None], others[row], 0.2) for row in range(5)]
+    assert info_nce_among(queries, keys, 0.2).loss.item() == pytest.approx(float(torch.stack(each).mean()), abs=1e-9)
 
 
 def test_gradients_against_finite_differences() -> None:

@@ -58,5 +58,13 @@ def info_nce(
         return Contrast(functional.cross_entropy(logits, positive), logits, positive)
 
 
+def info_nce_among(queries: Float[Tensor, "n d"], keys: Float[Tensor, "n d"], temperature: float) -> Contrast:
+    """The same without a queue: the other samples' keys are the negatives."""
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = _float(queries) @ _float(keys).T / temperature
+        positive = torch.arange(len(queries), device=queries.device)
+        return Contrast(functional.cross_entropy(logits, positive), logits, positive)
+
+
 def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ..engine.gathering import gathered
 from ..engine.method import Batch
-from ..losses.contrastive import Contrast, info_nce
+from ..losses.contrastive import Contrast, info_nce, info_nce_among
 from ..models import Backbone, ProjectionHead
 from ..models.heads import pool
 from ..transforms import MultiCrop
@@ -18,6 +18,8 @@ from .contrast import ContrastiveMethod, Embedded
 
 class MoCoV2(ContrastiveMethod):
     """InfoNCE of a query, the first view, with its key, the second view seen by a momentum teacher, and older keys.
+
+    Held-out samples are compared with each other's keys instead.
 
     Args:
         backbone, views, parts: as of `ContrastiveMethod`.
@@ -63,8 +65,9 @@ class MoCoV2(ContrastiveMethod):
 
     def compare(self, embedded: Float[Tensor, "n 2 d"]) -> Contrast:
         query, key = embedded[:, 0], embedded[:, 1].detach()
-        if self.training:
-            self._keys = key
+        if not self.training:  # the queue's keys, of an older teacher, are told apart by their age alone
+            return info_nce_among(query, key, self.temperature)
+        self._keys = key
         return info_nce(query, key, self.queue, self.temperature)
 
     @torch.no_grad()
