@@ -137,7 +137,7 @@ class TrainingStep:
         self._method.before_optimizer_step(step)
         norm = self._clipped_norm()
         if self._fabric.world_size > 1:  # of the gradient all know the same already
-            loss = self._fabric.all_reduce(loss, reduce_op="sum")
+            loss = self._fabric.all_reduce(loss.clone(), reduce_op="sum")  # which writes into its argument
         bad = ((loss + norm) * 0).nan_to_num(1.0)  # 0 times what is not finite is NaN
         if loss.device.type == "cpu":
             if not bad.item():
