@@ -255,7 +255,9 @@ class _CheckedArray:
                         raise _damaged(self._file)
                     self._checked[chunk] = True
             return self._array[box]
-        except (RuntimeError, ValueError, OSError):
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # the disk or the network, not the file
+                raise
             raise _damaged(self._file) from None
 
     def _open(self) -> None:
