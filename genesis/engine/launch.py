@@ -1,5 +1,6 @@
 """Device and processes: a thin use of Lightning Fabric."""
 
+import atexit
 import os
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ def launch(device: str) -> "Fabric":
     except RuntimeError as error:  # --ntasks without --ntasks-per-node
         raise UserError(f"SLURM did not start the processes as they are needed: {error}") from None
     fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave_group)
     return fabric
 
 
@@ -39,6 +42,12 @@ def worker_count(workers: int | str) -> int:
         return workers
     cores = available_cores() // _processes()[0]
     return min(8, cores // 2) if cores > 2 else 0
+
+
+def _leave_group() -> None:
+    """Before the interpreter ends: threads of a group that outlive it abort the process, after all its work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _processes() -> tuple[int, int]:
