@@ -10,6 +10,7 @@ from .phantom import Phantom
 
 # ml below which an organ is small and above which it is large: about the quarters of the phantoms
 SIZES = {"liver": (1100, 1450), "spleen": (110, 160), "heart": (320, 440)}
+SLIM, OBESE = 0.27, 0.34  # shares of fat in the body, about the thirds
 FAINT, STRONG = 0.3, 0.65  # doses of contrast agent, of 1
 SEEN_ML = 0.3  # of a lesion; less is noise at the resolution of these scans
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -56,12 +57,20 @@ def report_of_phantom(scan: Phantom, source: torch.Generator) -> dict[str, str]:
         agent = one_of("with faint enhancement by contrast agent", "contrast agent given, faint enhancement")
     else:
         agent = one_of("with strong enhancement by contrast agent", "contrast agent given, strong enhancement")
-    findings = [one_of(f"CT of the thorax and abdomen, {agent}.", f"Thorax and abdomen, {agent}.")]
+    fat = (scan.tissue == ID["fat"]).sum() / (scan.tissue != ID["air"]).sum()
+    habitus = "slim" if fat < SLIM else "obese" if fat > OBESE else "normal"
+    build = {
+        "slim": one_of("Slim patient with thin subcutaneous fat.", "Thin subcutaneous fat."),
+        "normal": one_of("Patient of normal build.", "Subcutaneous fat of normal thickness."),
+        "obese": one_of("Obese patient with thick subcutaneous fat.", "Thick subcutaneous fat."),
+    }[habitus]
+    cut = np.isin(scan.labels[..., 0], [LABELS["left kidney"], LABELS["right kidney"]]).any()
+    kidneys = "The kidneys are cut off at the lower end." if cut else "Both kidneys are in view."
+    findings = [one_of(f"CT of the thorax and abdomen, {agent}.", f"Thorax and abdomen, {agent}."), build, kidneys]
     for organ, (small, large) in SIZES.items():
         volume = float((scan.labels == LABELS[organ]).sum() * np.prod(scan.spacing_mm) / 1000)
         size = "small" if volume < small else one_of("large", "enlarged") if volume > large else "of normal size"
-        measured = f"{round(volume, -1):.0f} ml"
-        findings.append(one_of(f"The {organ} is {size} ({measured}).", f"{organ.capitalize()} {size}, {measured}."))
+        findings.append(one_of(f"The {organ} is {size}.", f"{organ.capitalize()} {size}."))
     for organ in ("right lung", "left lung", "liver"):
         here = [lesion for lesion in lesions if lesion.organ == organ]
         if not here:
@@ -86,7 +95,7 @@ def report_of_phantom(scan: Phantom, source: torch.Generator) -> dict[str, str]:
         verdict = one_of(f"Lesions in {places}.", f"Focal lesions in {places}.")
     else:
         verdict = one_of("No focal lesion.", "No lesion in lungs or liver.")
-    return {"findings": " ".join(findings), "impression": f"CT, {agent}. {verdict}"}
+    return {"findings": " ".join(findings), "impression": f"CT, {habitus} build, {agent}. {verdict}"}
 
 
 def _middle(scan: Phantom, organ: str) -> np.ndarray:

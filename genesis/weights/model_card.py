@@ -3,8 +3,11 @@
 from .card import Card
 
 
-def model_card(name: str, card: Card, stride: int) -> str:
-    """Markdown. `stride`: what the sides of an input must be multiples of, in voxels."""
+def model_card(name: str, card: Card, stride: int, *, text: bool = False) -> str:
+    """Markdown.
+
+    `stride`: what the sides of an input must be multiples of, in voxels. `text`: the package has a text encoder.
+    """
     run, data, network = card.pretraining, card.data, card.network
     plain = network.class_name.rpartition(".")[2]
     cohort = f"{len(run.cohort.volumes)} volumes of {len(run.cohort.patients)} patients"
@@ -21,7 +24,7 @@ import genesis
 network = genesis.load_pretrained("{name}")  # the {plain} itself
 genesis.load_into(my_network, "{name}")  # your own {plain}: other numbers of channels in and out are fine
 ```
-{_without_genesis(card)}
+{_without_genesis(card)}{_with_texts(name) if text else ""}
 ## Input
 
 | | |
@@ -43,6 +46,18 @@ genesis.load_into(my_network, "{name}")  # your own {plain}: other numbers of ch
 - `SHA256SUMS`: check with `sha256sum -c SHA256SUMS`.
 
 Written by genesis {card.genesis_version}.
+"""
+
+
+def _with_texts(name: str) -> str:
+    """How images and texts are compared."""
+    return f"""
+```python
+pair = genesis.load_image_text("{name}")
+pair.similarity(images, ["lesion in the liver", "no lesion"])  # (images, texts), the larger the more alike
+```
+`text/` has the text encoder, as `transformers` has it, and the projections. Words that several patients' reports have
+are in its vocabulary, so a name would be that many reports have.
 """
 
 

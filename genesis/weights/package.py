@@ -106,7 +106,9 @@ def write_package(
         if text is not None:
             text.write(aside)
         write_json(aside / "card.json", card.model_dump(mode="json", by_alias=True))
-        (aside / "README.md").write_text(model_card(folder.name, card, backbone.stride), encoding="utf-8")
+        (aside / "README.md").write_text(
+            model_card(folder.name, card, backbone.stride, text=text is not None), encoding="utf-8"
+        )
         _build(_contents(aside, read_card(aside)), aside)
     return card
 
