@@ -12,7 +12,7 @@ from launched import srun, torchrun
 
 from genesis import cli
 from genesis import discover as verb
-from genesis.data.foreground import bounding_box, foreground_mask
+from genesis.data.foreground import find_foreground
 from genesis.data.phantom import Acquisition, phantom
 from genesis.data.pseudo_labels import PseudoLabels
 from genesis.data.samplers import Endless, WholeVolumes
@@ -45,12 +45,12 @@ def make_store(
         )
         scan = phantom(generator(body, "anatomy"), generator(noise, "noise"), acquisition)
         ct, labels = (scan.ct[:, :, 17:18], scan.labels[:, :, 17:18]) if flat else (scan.ct, scan.labels)
-        box = bounding_box(foreground_mask(ct.astype(np.float32), scan.spacing_mm, "ct"))
+        box = find_foreground(ct.astype(np.float32), scan.spacing_mm, "ct").box(ct.shape)
         meta = VolumeMeta(
             volume=f"v{number}", patient=f"p{number}", source=f"v{number}", modality="ct", shape=(1, *ct.shape),
             spacing_mm=scan.spacing_mm, affine=tuple(map(tuple, np.diag([*scan.spacing_mm, 1.0]).tolist())),
             scale=(1.0,), offset=(0.0,), clipped_share=0.0, percentiles=((-900.0, 600.0),),
-            foreground_box=(box[0], box[1], box[2]), split=splits[number % len(splits)], labelled=True, target=None,
+            foreground_box=box, split=splits[number % len(splits)], labelled=True, target=None,
             values=(float(ct.min()), float(ct.max())),
         )  # fmt: skip
         write_volume(folder, ct[None], meta, labels)

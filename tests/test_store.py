@@ -14,9 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from genesis.data.foreground import bounding_box, foreground_mask
+from genesis.data.foreground import foreground_mask
 from genesis.data.quantization import quantize
-from genesis.data.store import INCOMING, Volume, VolumeMeta, VolumeStore, move_volume, remove_volume, write_volume
+from genesis.data.store import (
+    INCOMING,
+    Foreground,
+    Volume,
+    VolumeMeta,
+    VolumeStore,
+    move_volume,
+    remove_volume,
+    write_volume,
+)
 from genesis.errors import UserError
 
 SHAPE = (2, 70, 33, 90)
@@ -251,6 +260,26 @@ def test_clipping_is_counted() -> None:
 
 
 # --- the body ---
+
+
+def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
+    x, y, z = mask.shape
+    return Foreground(mask, (1, 1, 1)).box((x, y, z))
+
+
+@pytest.mark.parametrize("shape", [(23, 17, 9), (24, 16, 8), (7, 5, 1)])
+def test_the_voxels_and_the_box_of_a_foreground_are_those_of_its_cells(shape: tuple[int, int, int]) -> None:
+    """What the cells leave over belongs to the last of them."""
+    rng = np.random.default_rng(0)
+    array, steps = rng.integers(-9, 9, shape, np.int16), (5, 4, 1)
+    foreground = Foreground(rng.random([side // step for side, step in zip(shape, steps, strict=True)]) < 0.5, steps)
+    foreground.mask[-1, 0, 0] = True
+    cell = np.minimum(np.indices(shape).T // steps, np.array(foreground.mask.shape) - 1).T
+    mask = foreground.mask[tuple(cell)]
+    assert np.array_equal(np.concatenate([slab.ravel() for slab in foreground.slabs(array)]), array[mask])
+    places = np.argwhere(mask)
+    expected = zip(places.min(0).tolist(), (places.max(0) + 1).tolist(), strict=True)
+    assert foreground.box(shape) == tuple(expected)
 
 
 def trunk() -> np.ndarray:

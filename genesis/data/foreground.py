@@ -36,25 +36,11 @@ def find_foreground(array: np.ndarray, spacing_mm: tuple[float, float, float], m
 
 def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], modality: str) -> np.ndarray:
     """The same as bool on the grid of the volume."""
-    return enlarged(find_foreground(array, spacing_mm, modality), array.shape)
-
-
-def enlarged(foreground: Foreground, shape: tuple[int, ...]) -> np.ndarray:
-    """Cells → voxels (x, y, z)."""
+    foreground = find_foreground(array, spacing_mm, modality)
     mask = foreground.mask
-    for axis, (step, side) in enumerate(zip(foreground.steps, shape, strict=True)):
+    for axis, (step, side) in enumerate(zip(foreground.steps, array.shape, strict=True)):
         mask = np.take(mask, np.minimum(np.arange(side) // step, mask.shape[axis] - 1), axis)
     return mask
-
-
-def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Per axis the first voxel that is set and the one behind the last."""
-    box = []
-    while mask.ndim:
-        found = np.flatnonzero(mask.any(axis=tuple(range(1, mask.ndim))))
-        box.append((int(found[0]), int(found[-1]) + 1))
-        mask = np.asarray(mask.any(axis=0))
-    return tuple(box)
 
 
 def _means(array: np.ndarray, steps: list[int]) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .cohort import Case, Split, encoded
-from .foreground import bounding_box, enlarged, find_foreground
+from .foreground import find_foreground
 from .likeness import likeness
 from .quantization import quantize
 from .scans import Quarantine, Scan, read_label_map, read_scan
@@ -53,7 +53,7 @@ class Outcome:
 
 def hashed(key: bytes, kind: str, *content: bytes | memoryview) -> str:
     """A keyed hash, 32 hexadecimal digits: without the key nobody can tell whether it is of a given name."""
-    digest = hmac.new(key, kind.encode(), "blake2b")
+    digest = hmac.new(key, kind.encode(), "sha256")
     for part in content:
         digest.update(part)
     return digest.hexdigest()[:32]
@@ -150,12 +150,11 @@ def _measure(
     array = scan.array
     quantized = quantize(array)
     layout = repr((quantized.array.shape, quantized.scale, quantized.offset)).encode()
-    source = hashed(key, "voxels", layout, quantized.array.data)
+    content = hashed(b"", "voxels", layout, quantized.array.data)
+    source = hashed(key, "voxels", content.encode())
     foreground = find_foreground(array[0], scan.spacing_mm, modality)
-    mask = enlarged(foreground, array.shape[1:])
-    percentiles = [_percentiles(channel[mask], (0.5, 99.5)) for channel in array]
+    percentiles = [_percentiles(channel, foreground, (0.5, 99.5)) for channel in array]
     channels, x, y, z = array.shape
-    box = bounding_box(mask)
     meta = VolumeMeta(
         volume=source[:16],
         patient=hashed(key, "patient", encoded(case.patient))[:16],
@@ -168,24 +167,28 @@ def _measure(
         offset=quantized.offset,
         clipped_share=quantized.clipped_share,
         percentiles=tuple((float(low), float(high)) for low, high in percentiles),
-        foreground_box=(box[0], box[1], box[2]),
+        foreground_box=foreground.box((x, y, z)),
         split=split,
         labelled=case.labelled,
         target=case.target,
         values=(float(array.min()), float(array.max())),
-        content=hashed(b"", "voxels", layout, quantized.array.data),
+        content=content,
         likeness=likeness(array[0]),
     )
     return meta, quantized.array, foreground
 
 
-def _percentiles(values: np.ndarray, percents: tuple[float, ...]) -> np.ndarray:
-    """`np.percentile`; of 16-bit integers, which are counted instead of sorted, in a quarter of the time."""
-    if values.dtype not in (np.int16, np.uint16):
-        return np.percentile(values, percents)
-    low = int(values.min())
-    ranks = np.bincount(values.view(np.uint16) - np.uint16(low % 2**16)).cumsum()
-    places = np.array(percents) / 100 * (values.size - 1)
-    below, above = (low + np.searchsorted(ranks[:-1], np.floor(places) + step, side="right") for step in (0, 1))
+def _percentiles(channel: np.ndarray, where: Foreground, percents: tuple[float, ...]) -> np.ndarray:
+    """`np.percentile` of the foreground; 16-bit integers are counted instead of sorted, in a tenth of the time."""
+    if channel.dtype not in (np.int16, np.uint16):
+        return np.percentile(np.concatenate([slab.ravel() for slab in where.slabs(channel)]), percents)
+    low = np.iinfo(channel.dtype).min
+    counts = np.zeros(2**16, np.int64)
+    for slab in where.slabs(channel):
+        counts += np.bincount(slab.ravel().view(np.uint16) - np.uint16(low % 2**16), minlength=2**16)
+    ranks = counts.cumsum()
+    places = np.array(percents) / 100 * (ranks[-1] - 1)
+    below, above = (low + np.searchsorted(ranks, np.floor(places) + step, side="right") for step in (0, 1))
+    above = np.where(np.floor(places) + 1 < ranks[-1], above, below)
     share = places - np.floor(places)  # the sum from the nearer end, as in NumPy, for the same last bit
     return np.where(share < 0.5, below + (above - below) * share, above - (above - below) * (1 - share))

@@ -31,11 +31,10 @@ def likeness(array: np.ndarray) -> str:
     image = np.squeeze(array)
     if image.ndim not in KEPT:
         return ""
-    cells = _averaged(image)
+    cells, tissue = _averaged(image, _soft_tissue(image))
     cells = np.maximum(cells, _air(cells))
     _, which, counts = np.unique(cells, return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - counts / 2)[which].reshape(cells.shape)
-    tissue = _averaged(image, _soft_tissue(image))
     return f"{_signs(ranks)}-{_signs(tissue)}"
 
 
@@ -61,12 +60,17 @@ def knows_narrow_windows(one: str) -> bool:
     return "-" in one
 
 
-def _averaged(image: np.ndarray, window: tuple[float, float] | None = None) -> np.ndarray:
-    """Means over the grid of the values, clipped to a window."""
-    for axis, side in enumerate(image.shape):
-        image = np.moveaxis(_means(np.moveaxis(image, axis, 0), _shares(side), window), 0, axis)
-        window = None
-    return image
+def _averaged(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """Means over the grid, float32, of the values (first), and of the values clipped to a window (second)."""
+    means = np.empty((2, CELLS, *image.shape[1:]), np.float32)
+    for cell, share in enumerate(_shares(image.shape[0])):
+        first, last = np.flatnonzero(share)[[0, -1]]  # only these voxels have a share in the cell
+        slab, share = image[first : last + 1].astype(np.float32), share[first : last + 1]
+        means[0, cell] = np.tensordot(share, slab, axes=1)
+        means[1, cell] = np.tensordot(share, slab.clip(*window), axes=1)
+    for axis, side in enumerate(image.shape[1:], 2):
+        means = np.moveaxis(np.tensordot(_shares(side), means, axes=(1, axis)), 0, axis)
+    return means
 
 
 def _signs(cells: np.ndarray) -> str:
@@ -82,7 +86,7 @@ def _soft_tissue(image: np.ndarray) -> tuple[float, float]:
     Their middle is the shortest interval that holds half of what is neither air nor as bright as can be; its ends are
     found by counting from the brightest voxel on, since fat counts as air in one window and not in another.
     """
-    values = np.sort(image.ravel()[:: max(1, image.size // SAMPLE)].astype(np.float64))[::-1]
+    values = np.sort(image.ravel()[:: max(1, image.size // SAMPLE)], kind="stable")[::-1].astype(np.float64)
     if values[-1] <= HU:
         values = values.clip(*SOFT_HU)
     tissue = values[(values > _air(values)) & (values < values[0])]
@@ -104,18 +108,6 @@ def _air(values: np.ndarray) -> float:
     sums = (counts * middles).cumsum()
     between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
     return float(middles[between.argmax()])
-
-
-def _means(array: np.ndarray, shares: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """shares (CELLS, side) @ array (side, …), as float32, from those voxels only that have a share in the cell."""
-    means = np.empty((CELLS, *array.shape[1:]), np.float32)
-    for cell, share in enumerate(shares):
-        first, last = np.flatnonzero(share)[[0, -1]]
-        slab = array[first : last + 1].astype(np.float32)
-        if window is not None:
-            np.clip(slab, *window, out=slab)
-        means[cell] = np.tensordot(share[first : last + 1], slab, axes=1)
-    return means
 
 
 def _shares(side: int) -> np.ndarray:

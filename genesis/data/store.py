@@ -49,7 +49,11 @@ FILTERS = {"filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
 QUICK = {"codec": blosc2.Codec.LZ4, "clevel": 9, **FILTERS}
 SMALL = {"codec": blosc2.Codec.ZSTD, "clevel": 1, **FILTERS}
 
+# Whatever `nthreads` says, blosc2 starts and ends threads for every chunk that it appends to a frame: 2 ms each.
+os.environ.setdefault("BLOSC_NTHREADS", "1")
+
 Box = tuple[slice, slice, slice]
+Range = tuple[int, int]  # first voxel, and the one behind the last
 Modality = Literal["ct", "mr", "xray"]
 MODALITIES: tuple[Modality, ...] = ("ct", "mr", "xray")  # in this order wherever a modality is a number
 
@@ -69,7 +73,7 @@ class VolumeMeta:
     offset: tuple[float, ...]
     clipped_share: float  # of voxels whose value did not fit into 16 bits
     percentiles: tuple[tuple[float, float], ...]  # p0.5 and p99.5 of the foreground per channel, physical units
-    foreground_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stored voxels, upper end exclusive
+    foreground_box: tuple[Range, Range, Range]  # stored voxels
     split: str  # "train" | "val" | "test"
     labelled: bool  # has a label map or a target
     target: int | None  # class of the whole scan
@@ -86,10 +90,32 @@ class Foreground:
     mask: np.ndarray
     steps: tuple[int, ...]
 
+    def box(self, shape: tuple[int, int, int]) -> tuple[Range, Range, Range]:
+        """The part of a volume of this shape (x, y, z) in which it lies."""
+
+        def along(axis: int) -> Range:
+            cells = np.flatnonzero(self.mask.any(axis=tuple({0, 1, 2} - {axis})))
+            first, behind = int(cells[0]), int(cells[-1]) + 1
+            step = self.steps[axis]
+            return first * step, shape[axis] if behind == self.mask.shape[axis] else behind * step
+
+        return along(0), along(1), along(2)
+
+    def slabs(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """The voxels of a volume (x, y, z) that belong to it, in pieces that fit into a cache."""
+        last = len(self.mask) - 1
+        y, z = (
+            np.minimum(np.arange(side) // step, cells - 1)
+            for side, step, cells in zip(array.shape[1:], self.steps[1:], self.mask.shape[1:], strict=True)
+        )
+        for row, cells in enumerate(self.mask):
+            slab = array[row * self.steps[0] : None if row == last else (row + 1) * self.steps[0]]
+            yield slab.reshape(len(slab), -1).take(np.flatnonzero(cells[y[:, None], z]), axis=1)
+
     def pack(self) -> bytes:
         """The sides of the mask and the steps, six little-endian uint32, and the mask's bits, deflated."""
         return np.array([*self.mask.shape, *self.steps], "<u4").tobytes() + zlib.compress(
-            np.packbits(self.mask).tobytes(), 9
+            np.packbits(self.mask).tobytes()
         )
 
     @classmethod
@@ -268,30 +294,31 @@ class _CheckedArray:
 
 def _write(file: Path, array: np.ndarray, meta: dict[str, Any], foreground: bytes = b"") -> None:
     lead = (1,) * (array.ndim - 3)
-    quick = blosc2.asarray(
-        np.ascontiguousarray(array),
+    quick = blosc2.empty(
+        array.shape,
+        dtype=array.dtype,
         chunks=lead + tuple(min(CHUNK, side) for side in array.shape[-3:]),
         blocks=lead + tuple(min(BLOCK, side) for side in array.shape[-3:]),
         cparams=QUICK,
     )
+    quick[...] = np.ascontiguousarray(array)
     packed = quick.schunk  # valid as long as `quick` is
     layout = {"typesize": packed.typesize, "blocksize": packed.blocksize}
+    sums = []
     for number in range(packed.nchunks):
         chunk = packed.get_chunk(number)
         if len(chunk) * MUCH < packed.chunksize:
-            packed.update_chunk(number, blosc2.compress2(blosc2.decompress2(chunk), **layout, **SMALL))
+            chunk = blosc2.compress2(blosc2.decompress2(chunk), **layout, **SMALL)
+            packed.update_chunk(number, chunk)
+        sums.append(isal_zlib.crc32(chunk))
+    text, crc32 = json.dumps(meta, allow_nan=False), np.array(sums, "<u4").tobytes()
+    packed.vlmeta["genesis"] = text
+    packed.vlmeta["crc32"] = crc32
+    if foreground:
+        packed.vlmeta["foreground"] = foreground
+    packed.vlmeta["digest"] = _digest(quick, text, crc32, foreground)
     with write_aside(file) as aside:
         aside.write_bytes(packed.to_cframe())
-        stored = blosc2.open(str(aside), mode="a")
-        text = json.dumps(meta, allow_nan=False)
-        crc32 = np.array(
-            [isal_zlib.crc32(stored.schunk.get_chunk(i)) for i in range(stored.schunk.nchunks)], "<u4"
-        ).tobytes()
-        stored.schunk.vlmeta["genesis"] = text
-        stored.schunk.vlmeta["crc32"] = crc32
-        if foreground:
-            stored.schunk.vlmeta["foreground"] = foreground
-        stored.schunk.vlmeta["digest"] = _digest(stored, text, crc32, foreground)
 
 
 def _descriptions(folder: Path) -> dict[str, str]:

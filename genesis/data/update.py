@@ -22,7 +22,7 @@ from .workers import available_cores, in_processes
 if TYPE_CHECKING:
     from distributed import Client
 
-READER = 2  # to be raised when the same files would be stored differently
+READER = 3  # to be raised when the same files would be stored differently
 REMEMBER_EVERY = 5.0  # seconds
 CRASHED = "reading it crashed the reader or did not end: damaged, or too large for the memory of this machine"
 DUPLICATE = "the same voxels as another scan of the store"

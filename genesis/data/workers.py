@@ -58,7 +58,7 @@ def _pool(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Itera
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupt)
     try:
-        with _no_main_module():
+        with _no_main_module(), _one_thread():
             futures = [pool.submit(function, task) for task in tasks]
         for future in futures:
             yield future.result()
@@ -79,6 +79,22 @@ def _limited(function: Callable[[T], R], seconds: int, task: T) -> R:
 
 def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it, and ends the pool
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Spawned processes take over the environment, where the libraries under NumPy look once, at their import."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
