@@ -36,9 +36,9 @@ def digest(file: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CTs as .nii.gz to use instead of phantoms")
-    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 60))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from .store import Box, Foreground, Modality, Volume, VolumeMeta, write_volume
 
 FEW_VALUES = 16  # fewer different values than any scan has
 SAMPLE = 100_000
+ENOUGH = 1_000_000  # voxels for percentiles
 AIR_HU, TISSUE_HU = (
     -1500.0,
     -400.0,
@@ -86,7 +87,7 @@ def _take_in(task: Task) -> Outcome:
         scan = read_scan(case.images, task.channels)
         if scan.device in DEVICES and DEVICES[scan.device] != task.modality:
             raise Quarantine(f"its DICOM header says {scan.device}, not {task.modality}")
-        notes = scan.notes + _plausible(scan.array, task.modality)
+        notes = scan.notes + _plausible(scan, task.modality)
     except Quarantine as fault:
         return Outcome(reason=str(fault))
     try:
@@ -98,12 +99,12 @@ def _take_in(task: Task) -> Outcome:
     return Outcome(meta.volume, notes=notes)
 
 
-def _plausible(array: np.ndarray, modality: Modality) -> tuple[str, ...]:
+def _plausible(scan: Scan, modality: Modality) -> tuple[str, ...]:
     """Notes on values that are unusual for the modality; raises `Quarantine` for what is no scan."""
-    sample = array.ravel()[:: max(1, array.size // SAMPLE)]
-    if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(array))) <= FEW_VALUES:
+    sample = scan.array.ravel()[:: max(1, scan.array.size // SAMPLE)]
+    if len(np.unique(sample)) <= FEW_VALUES and (few := len(np.unique(scan.array))) <= FEW_VALUES:
         raise Quarantine(f"only {few} different values: a label map or a mask, not a scan")
-    low, high = float(array.min()), float(array.max())
+    low, high = scan.values
     if modality == "ct" and low < AIR_HU and (dense := float(np.percentile(sample, 99))) < TISSUE_HU:
         raise Quarantine(
             f"99 % of its values are below {dense:.0f} HU, so nothing in it is tissue; was the intercept applied twice?"
@@ -171,7 +172,7 @@ def _measure(
         split=split,
         labelled=case.labelled,
         target=case.target,
-        values=(float(array.min()), float(array.max())),
+        values=scan.values,
         content=content,
         likeness=likeness(array[0]),
     )
@@ -179,16 +180,17 @@ def _measure(
 
 
 def _percentiles(channel: np.ndarray, where: Foreground, percents: tuple[float, ...]) -> np.ndarray:
-    """`np.percentile` of the foreground; 16-bit integers are counted instead of sorted, in a tenth of the time."""
-    if channel.dtype not in (np.int16, np.uint16):
-        return np.percentile(np.concatenate([slab.ravel() for slab in where.slabs(channel)]), percents)
-    low = np.iinfo(channel.dtype).min
-    counts = np.zeros(2**16, np.int64)
-    for slab in where.slabs(channel):
-        counts += np.bincount(slab.ravel().view(np.uint16) - np.uint16(low % 2**16), minlength=2**16)
-    ranks = counts.cumsum()
-    places = np.array(percents) / 100 * (ranks[-1] - 1)
-    below, above = (low + np.searchsorted(ranks, np.floor(places) + step, side="right") for step in (0, 1))
-    above = np.where(np.floor(places) + 1 < ranks[-1], above, below)
+    """`np.percentile` of the foreground, of large ones of every so many planes, as long as a million voxels are left.
+
+    16-bit integers are counted instead of sorted, in a quarter of the time.
+    """
+    every = max(1, int(where.mask.mean() * channel.size) // ENOUGH)
+    values = np.concatenate([slab.ravel() for slab in where.slabs(channel, every)])
+    if values.dtype not in (np.int16, np.uint16):
+        return np.percentile(values, percents)
+    low = int(values.min())
+    ranks = np.bincount(values.view(np.uint16) - np.uint16(low % 2**16)).cumsum()
+    places = np.array(percents) / 100 * (values.size - 1)
+    below, above = (low + np.searchsorted(ranks[:-1], np.floor(places) + step, side="right") for step in (0, 1))
     share = places - np.floor(places)  # the sum from the nearer end, as in NumPy, for the same last bit
     return np.where(share < 0.5, below + (above - below) * share, above - (above - below) * (1 - share))

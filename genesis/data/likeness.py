@@ -62,12 +62,13 @@ def knows_narrow_windows(one: str) -> bool:
 
 def _averaged(image: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     """Means over the grid, float32, of the values (first), and of the values clipped to a window (second)."""
+    low, high = np.array(window).astype(image.dtype)  # they are values of it; whole numbers are clipped quickly
     means = np.empty((2, CELLS, *image.shape[1:]), np.float32)
     for cell, share in enumerate(_shares(image.shape[0])):
         first, last = np.flatnonzero(share)[[0, -1]]  # only these voxels have a share in the cell
-        slab, share = image[first : last + 1].astype(np.float32), share[first : last + 1]
-        means[0, cell] = np.tensordot(share, slab, axes=1)
-        means[1, cell] = np.tensordot(share, slab.clip(*window), axes=1)
+        slab, share = image[first : last + 1], share[first : last + 1]
+        for values, target in zip((slab, slab.clip(low, high)), means[:, cell], strict=True):
+            target[...] = np.tensordot(share, values.astype(np.float32), axes=1)
     for axis, side in enumerate(image.shape[1:], 2):
         means = np.moveaxis(np.tensordot(_shares(side), means, axes=(1, axis)), 0, axis)
     return means

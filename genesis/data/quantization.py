@@ -24,6 +24,8 @@ def quantize(values: np.ndarray) -> Quantized:
     Whole numbers that span less than 2¹⁶ are kept exactly (scale 1). Anything else gets a scale of at most
     (p99.9 - p0.1) / 16384 of its channel; values beyond the 65,535 steps are clipped, and counted.
     """
+    if values.dtype == np.int16:
+        return Quantized(values, (1.0,) * len(values), (0.0,) * len(values), 0.0)
     array = np.empty(values.shape, np.int16)
     scales, offsets, clipped = [], [], 0
     for channel, target in zip(values, array, strict=True):

@@ -4,7 +4,7 @@ import gzip
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -27,11 +27,13 @@ class Scan:
     """A scan with physical values, axes as close to right, anterior, superior as permutation and flips bring them.
 
     array: (C, x, y, z); slope and intercept applied once, integers where that is exact, else float32.
+    values: the least and the largest of `array`.
     affine: 4×4, voxel of `array` → RAS mm.
     orientation: of the source's axes, as nibabel has it; `source_shape` and `source_affine` are the file's own.
     """
 
     array: np.ndarray
+    values: tuple[float, float]
     affine: np.ndarray
     spacing_mm: tuple[float, float, float]
     orientation: np.ndarray
@@ -50,13 +52,13 @@ def read_scan(path: Path | Sequence[Path], channels: str | int | None = None) ->
     points and diffusion directions look the same.
     """
     scan = _oriented(_read(path, channels))
-    array, notes = scan.array, scan.notes
-    if array.dtype.kind == "f":
-        array, filled = _fill_non_finite(array)
-        notes += filled
-    if array.min() == array.max():
-        raise Quarantine(f"every voxel has the value {array.min():g}")
-    return Scan(**{**vars(scan), "array": array, "notes": notes})
+    if scan.array.dtype.kind == "f":
+        array, filled = _fill_non_finite(scan.array)
+        scan = replace(scan, array=array, values=_values(array), notes=scan.notes + filled)
+    low, high = scan.values
+    if low == high:
+        raise Quarantine(f"every voxel has the value {low:g}")
+    return scan
 
 
 def read_label_map(path: Path, like: Scan) -> np.ndarray:
@@ -72,7 +74,7 @@ def read_label_map(path: Path, like: Scan) -> np.ndarray:
     apart = float(np.linalg.norm(corners @ (scan.affine - like.affine).T, axis=1).max())
     if apart > MISPLACED * min(like.spacing_mm):
         raise Quarantine(f"the label map lies {apart:.1f} mm away from its image")
-    low, high = labels.min(), labels.max()
+    low, high = scan.values
     if not (low >= 0 and high <= 65535 and (labels.dtype.kind in "iu" or (labels == np.rint(labels)).all())):
         raise Quarantine(f"the label map holds values that are no labels (from {low:g} to {high:g})")
     return labels.astype(np.uint8 if high <= 255 else np.uint16)
@@ -165,7 +167,13 @@ def _oriented(raw: Raw) -> Scan:
             target[:, row] = channel[:, row].copy("K")
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     x, y, z = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
-    return Scan(array, affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.device, raw.notes)
+    return Scan(
+        array, _values(array), affine, (x, y, z), orientation, shape, raw.affine, raw.patient, raw.device, raw.notes
+    )
+
+
+def _values(array: np.ndarray) -> tuple[float, float]:
+    return float(array.min()), float(array.max())
 
 
 def _fill_non_finite(array: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -101,15 +101,15 @@ class Foreground:
 
         return along(0), along(1), along(2)
 
-    def slabs(self, array: np.ndarray) -> Iterator[np.ndarray]:
-        """The voxels of a volume (x, y, z) that belong to it, in pieces that fit into a cache."""
+    def slabs(self, array: np.ndarray, every: int = 1) -> Iterator[np.ndarray]:
+        """The voxels of a volume (x, y, z) that belong to it, of every so many planes of a cell, in small pieces."""
         last = len(self.mask) - 1
         y, z = (
             np.minimum(np.arange(side) // step, cells - 1)
             for side, step, cells in zip(array.shape[1:], self.steps[1:], self.mask.shape[1:], strict=True)
         )
         for row, cells in enumerate(self.mask):
-            slab = array[row * self.steps[0] : None if row == last else (row + 1) * self.steps[0]]
+            slab = array[row * self.steps[0] : None if row == last else (row + 1) * self.steps[0] : every]
             yield slab.reshape(len(slab), -1).take(np.flatnonzero(cells[y[:, None], z]), axis=1)
 
     def pack(self) -> bytes:

@@ -16,6 +16,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # glibc keeps the memory of one scan for the next, instead of asking the system for every array anew.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 TASK_SECONDS = 900  # the largest scan takes a minute; a slow network drive some more
 
 
@@ -58,12 +64,14 @@ def _pool(function: Callable[[T], R], tasks: Sequence[T], workers: int) -> Itera
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupt)
     try:
-        with _no_main_module(), _one_thread():
+        with _no_main_module(), _environment():
             futures = [pool.submit(function, task) for task in tasks]
         for future in futures:
             yield future.result()
-    finally:
+    except BaseException:
         pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown(wait=False)  # they have nothing left to do but to end
 
 
 def _limited(function: Callable[[T], R], seconds: int, task: T) -> R:
@@ -82,11 +90,10 @@ def _ignore_interrupt() -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Spawned processes take over the environment, where the libraries under NumPy look once, at their import."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _environment() -> Iterator[None]:
+    """Spawned processes take it over, and libraries look at it once, when they are loaded."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
     try:
         yield
     finally:
