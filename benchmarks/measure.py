@@ -44,14 +44,22 @@ def row(subject: str, ours: float, rival: float, unit: str, target: str = "", ra
 
 
 def seconds(
-    contestants: Mapping[str, Callable[[], object]], repeats: int, of: Callable[[list[float]], float] = min
+    contestants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    of: Callable[[list[float]], float] = min,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """The least wall time (or another statistic `of` all turns) of each function; one unmeasured turn comes first."""
+    """The least wall time (or another statistic `of` all turns) of each function; one unmeasured turn comes first.
+
+    `before` every turn something may be done that does not count.
+    """
     for run in contestants.values():
+        before()
         run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
+            before()
             os.sync()  # nobody waits for what another wrote
             start = time.perf_counter()
             run()

@@ -36,7 +36,7 @@ def digest(file: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CTs as .nii.gz to use instead of phantoms")
-    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 60))
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
@@ -54,12 +54,10 @@ def main() -> None:
         )
 
         def ours() -> None:
-            shutil.rmtree(work / "workspace", ignore_errors=True)
             store = read(scans, Workspace(work / "workspace"), workers=PROCESSES)
             assert len(store) == len(files)
 
         def monai() -> None:
-            shutil.rmtree(work / "cache", ignore_errors=True)
             dataset = PersistentDataset([{"image": file} for file in files], load, work / "cache")
             for _ in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=PROCESSES):
                 pass
@@ -68,7 +66,11 @@ def main() -> None:
             with ProcessPoolExecutor(PROCESSES, get_context("fork")) as pool:
                 assert len(set(pool.map(digest, files))) == len(files)
 
-        took = seconds({"ours": ours, "monai": monai, "decompress": decompress}, options.repeats)
+        def tidy() -> None:
+            for left in ("workspace", "cache"):
+                shutil.rmtree(work / left, ignore_errors=True)
+
+        took = seconds({"ours": ours, "monai": monai, "decompress": decompress}, options.repeats, before=tidy)
     rates = {name: len(files) / time for name, time in took.items()}
     write(
         "prepare",

@@ -16,7 +16,8 @@ _SEAL = "seal"
 _SEAL_LINE = b"# sha256:"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's names, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,7 +26,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
+def write_aside(path: Path, mode: int | None = None, *, synced: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and replaces `path`, else it is removed.
 
     Its name is always the same, hidden one, so that what a killed process left is replaced by the next that writes.
@@ -37,9 +38,11 @@ def write_aside(path: Path, mode: int | None = None) -> Iterator[Path]:
         yield aside
         if mode is not None:
             aside.chmod(mode)
-        _sync(aside)
+        if synced:
+            sync(aside)
         os.replace(aside, path)
-        _sync(path.parent)
+        if synced:
+            sync(path.parent)
     except (OSError, UserError):
         raise
     except Exception:
@@ -75,11 +78,11 @@ def write_folder_aside(path: Path) -> Iterator[Path]:
         content = sorted(aside.rglob("*"))
         (aside / "SHA256SUMS").write_text(_sums(aside, content), encoding="utf-8")
         for written in (*content, aside / "SHA256SUMS", aside):
-            _sync(written)
+            sync(written)
         if path.exists():
             os.replace(path, old)
         os.replace(aside, path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -95,7 +95,7 @@ def _take_in(task: Task) -> Outcome:
     except Quarantine as fault:
         return Outcome(reason=f"label map: {fault}", misfit=True)
     meta, stored, foreground = _measure(scan, case, task.modality, task.split, task.key)
-    write_volume(task.folder, stored, meta, labels, foreground)
+    write_volume(task.folder, stored, meta, labels, foreground, synced=False)  # to be moved
     return Outcome(meta.volume, notes=notes)
 
 
