@@ -30,7 +30,7 @@ from genesis.models import Autoencoder, build_backbone
 from genesis.workspace import Workspace
 
 SHAPE, SPACING = (48, 44, 40), (7.0, 7.0, 8.0)
-AGAIN = 5  # times that latents are made of every volume, so that what is made once weighs little
+AGAIN = 15  # times that latents are made of every volume, so that what is made once weighs little
 LINKS = 20_000  # to one file; file systems allow some tens of thousands
 
 
@@ -43,7 +43,7 @@ def linear(scans: dict[str, Path], work: Path, repeats: int) -> list[Row]:
 
     def prepare(name: str) -> None:
         shutil.rmtree(work / name, ignore_errors=True)
-        read(scans[name], Workspace(work / name), workers=1)
+        read(scans[name], Workspace(work / name), workers=0)
 
     def latents(name: str) -> None:
         store = VolumeStore(Workspace(work / name).store)

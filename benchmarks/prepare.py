@@ -36,7 +36,7 @@ def digest(file: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CTs as .nii.gz to use instead of phantoms")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--shape", type=int, nargs=3, default=(512, 512, 60))
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()

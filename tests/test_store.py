@@ -262,6 +262,20 @@ def test_clipping_is_counted() -> None:
 # --- the body ---
 
 
+@pytest.mark.parametrize("value", [0, 7])
+def test_parts_of_equal_voxels_are_read_back(tmp_path: Path, value: int) -> None:
+    """blosc2 keeps such chunks in a few bytes, in memory in others than in a file."""
+    array = np.full((1, 130, 70, 66), value, np.int16)
+    array[0, :64] = np.random.default_rng(0).integers(0, 99, (64, 70, 66))
+    labels = np.where(array[0] == value, value, 1).astype(np.uint8)
+    write_volume(tmp_path, array, meta(shape=array.shape), labels)
+    volume = VolumeStore(tmp_path)["v1"]
+    assert np.array_equal(volume.read(), array)
+    stored = volume.labels()
+    assert stored is not None
+    assert np.array_equal(stored, labels)
+
+
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
     x, y, z = mask.shape
     return Foreground(mask, (1, 1, 1)).box((x, y, z))
