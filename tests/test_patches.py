@@ -118,14 +118,13 @@ def test_labels_are_those_of_the_nearest_voxels(store: VolumeStore) -> None:
 def test_outside_is_background(store: VolumeStore) -> None:
     extent = (32.0, 32.0, 32.0)
     half = (-0.5 * SPACING[0], 40.0, 60.0)  # the volume begins in the middle of the patch
-    patch, padding = cut_padded(store["a"], half, extent, (16, 16, 8), WINDOW)
-    assert padding == pytest.approx(0.5)
+    places = [half, (1000.0, -1000.0, 0.0)]
+    (patch, far), padding = cut_padded([store["a"]] * 2, places, [extent] * 2, (16, 16, 8), WINDOW)
+    assert padding.tolist() == pytest.approx([0.5, 1.0])
     assert not patch[:, :8].any()
     assert (patch[:, 8:] > 0).any()
-    assert not cut_labels(store["a"], half, extent, (16, 16, 8))[:8].any()
-    far, padding = cut_padded(store["a"], (1000.0, -1000.0, 0.0), extent, (16, 16, 8), WINDOW)
-    assert padding == 1
     assert not far.any()
+    assert not cut_labels(store["a"], half, extent, (16, 16, 8))[:8].any()
 
 
 @pytest.mark.parametrize("volume", ["a", "b"])
@@ -205,21 +204,13 @@ def test_a_sample_depends_on_seed_and_index_alone(store: VolumeStore) -> None:
     assert any(not torch.equal(a["image"], training(store, seed=1)[i]["image"]) for i, a in enumerate(forwards))
 
 
-def test_crops_are_drawn_as_published(store: VolumeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_are_drawn_as_published(store: VolumeStore) -> None:
     """Boxes of 3,000 samples: a third exact; else side 50..79 and shift -10..9, in 64ths; z untouched."""
-    boxes: list[tuple[list[float], list[float]]] = []
-
-    def record(volume: object, centre: list[float], extent: list[float], *_: object) -> tuple[torch.Tensor, float]:
-        boxes.append((list(centre), list(extent)))
-        return torch.zeros(1), 0.0
-
-    monkeypatch.setattr("genesis.data.samplers.cut_padded", record)
     patches = training(store, rows=1)
-    for index in range(3000):
-        patches[index]
+    boxes = patches.boxes(range(3000))
     exact = np.array([32.0, 32.0, 32.0])
-    shift = (np.array([centre for centre, _ in boxes]) - patches.table.centre_mm[0]) / exact * 64
-    side = np.array([extent for _, extent in boxes]) / exact * 64
+    shift = (boxes.centre_mm - patches.table.centre_mm[0]) / exact * 64
+    side = boxes.extent_mm / exact * 64
     assert not shift[:, 2].any()
     assert (side[:, 2] == 64).all()
     np.testing.assert_allclose(side[:, 0], side[:, 1])

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
-from .resample import axis_weights, positions, resample
-from .store import Volume, VolumeMeta
+from .resample import local_range, local_weights, positions, resample
+from .store import Box, Volume, VolumeMeta
 
 
 def window(raw: np.ndarray, meta: VolumeMeta, window_hu: tuple[float, float] | None) -> Float[Tensor, "c x y z"]:
@@ -48,7 +48,7 @@ def cut(
 
     `centre_mm` has three numbers, `extent_mm` as many as `size`.
     """
-    return cut_padded(volume, centre_mm, extent_mm, size, window_hu)[0]
+    return cut_padded([volume], [centre_mm], [extent_mm], size, window_hu)[0][0]
 
 
 def cut_labels(
@@ -74,22 +74,38 @@ def cut_labels(
 
 
 def cut_padded(
-    volume: Volume,
-    centre_mm: Sequence[float],
-    extent_mm: Sequence[float],
+    volumes: Sequence[Volume],
+    centre_mm: Sequence[Sequence[float]] | Float64[np.ndarray, "b 3"],
+    extent_mm: Sequence[Sequence[float]] | Float64[np.ndarray, "b dims"],
     size: Sequence[int],
     window_hu: tuple[float, float] | None,
-) -> tuple[Tensor, float]:
-    """`cut`, and the share of the patch that lies outside the volume."""
-    box, weights = [], []
-    inside = 1.0
-    for axis in _axes(volume.meta, centre_mm, extent_mm, size):
-        start, weight = axis_weights(*axis)
-        box.append(slice(start, start + weight.shape[1]))
-        weights.append(weight)
-        inside *= float(weight.sum(1).mean())
-    x = resample(window(volume.read((box[0], box[1], box[2])), volume.meta, window_hu), *weights)
-    return x.squeeze(3) if len(size) == 2 else x, max(0.0, 1.0 - inside)
+) -> tuple[Float[Tensor, "b c *size"], Float[Tensor, " b"]]:
+    """`cut` of a batch, one patch of each volume, and the share of each patch that lies outside its volume."""
+    box = (*size, 1)[:3]  # a slice is one point along z
+    metas = [volume.meta for volume in volumes]
+    centre, extent = (torch.as_tensor(np.asarray(numbers, np.float64)) for numbers in (centre_mm, extent_mm))
+    extent = torch.nn.functional.pad(extent, (0, 3 - len(size)))
+    spacing = torch.tensor([meta.spacing_mm for meta in metas], dtype=torch.float64)
+    shape = torch.tensor([meta.shape[1:] for meta in metas])
+    start, stop = local_range(torch.tensor(box).expand_as(centre), centre, extent, spacing, shape)
+    widest = (stop - start).amax(0).tolist()
+    x = torch.zeros(len(volumes), metas[0].shape[0], *widest)
+    for place, volume, ends in zip(x, volumes, torch.stack([start, stop], 2).tolist(), strict=True):
+        part = window(volume.read(_slices(ends)), volume.meta, window_hu)
+        place[(slice(None), *(slice(side) for side in part.shape[1:]))] = part
+    weights = []
+    for axis, count in enumerate(widest):
+        voxels = start[:, axis, None] + torch.arange(count)
+        numbers = (centre[:, axis], extent[:, axis], spacing[:, axis], shape[:, axis])
+        weights.append(local_weights(box[axis], *numbers, voxels))
+    inside = torch.stack([weight.sum(2).mean(1) for weight in weights]).prod(0)
+    patches = resample(x, *weights)
+    return patches.squeeze(4) if len(size) == 2 else patches, (1 - inside).clamp(min=0)
+
+
+def _slices(ends: list[list[int]]) -> Box:
+    x, y, z = (slice(*pair) for pair in ends)
+    return x, y, z
 
 
 def _axes(

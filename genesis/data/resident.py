@@ -164,7 +164,6 @@ class ResidentPatches(Dataset[Sample]):
         self._volume = np.searchsorted(volumes.ids, patches.volumes)
 
     def __getitems__(self, indices: Sequence[int]) -> Sample:
-        """The batch of these samples: what `torch.utils.data.default_collate` makes of the items."""
         boxes = self.patches.boxes(indices)
         image, padding = self.volumes.cut(
             self._volume[boxes.volume], boxes.centre_mm, boxes.extent_mm, self.patches.patch_size

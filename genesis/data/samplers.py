@@ -73,17 +73,16 @@ class Patches(Dataset[Sample]):
         """Where the samples with these indices lie; what is drawn for one depends on `seed` and its index alone."""
         raise NotImplementedError
 
+    def __getitems__(self, indices: Sequence[int]) -> Sample:
+        """The batch of these samples: what `torch.utils.data.default_collate` makes of the items."""
+        boxes = self.boxes(indices)
+        volumes = [self.store[str(volume)] for volume in self.volumes[boxes.volume]]
+        image, padding = cut_padded(volumes, boxes.centre_mm, boxes.extent_mm, self.patch_size, self.window_hu)
+        numbers = {name: torch.from_numpy(values) for name, values in (*boxes.about.items(), ("key", boxes.key))}
+        return {"image": image, **numbers, "padding": padding}
+
     def __getitem__(self, index: int) -> Sample:
-        boxes = self.boxes([index])
-        image, padding = cut_padded(
-            self.store[str(self.volumes[boxes.volume[0]])],
-            boxes.centre_mm[0].tolist(),
-            boxes.extent_mm[0].tolist(),
-            self.patch_size,
-            self.window_hu,
-        )
-        numbers = {name: torch.tensor(int(values[0])) for name, values in boxes.about.items()}
-        return {"image": image, **numbers, "key": torch.tensor(int(boxes.key[0])), "padding": torch.tensor(padding)}
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def volumes_of(self, indices: Sequence[int]) -> list[str]:
         """The volume of each sample."""

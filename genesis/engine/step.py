@@ -77,6 +77,10 @@ class TrainingStep:
         self._fabric, self._method, self._settings = fabric, method, settings
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
         self._model, self.optimizer = fabric.setup(method, optimizer.build(method.param_groups(), fused=cuda))
+        weights = list(method.parameters())
+        self._learned = [weight for weight in weights if weight.requires_grad]
+        # What changes without the optimizer: batch norm's statistics, queues, a teacher's weights; in place, all of it.
+        self._kept = [*method.buffers(), *(weight.data for weight in weights if not weight.requires_grad)]
         self._proven = False  # a step has run
         self.skipped = torch.zeros(2, device=fabric.device)
         self._adds_up = torch.tensor([1.0, 0.0], device=fabric.device)  # which of the two goes on after a good step
@@ -86,7 +90,7 @@ class TrainingStep:
 
         Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
         """
-        before = _copies(_without_gradient(self._method))
+        before = _copies(self._kept)
         try:
             terms = self._gradients_or_eager(batch, step)
             self._update(step, _sum(part["loss"] for part in terms), before)
@@ -147,7 +151,7 @@ class TrainingStep:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._method.after_optimizer_step(step)
-        _put_back(_without_gradient(self._method), before, bad)
+        _put_back(self._kept, before, bad)
         self.skipped = torch.addcmul(bad, self.skipped, torch.maximum(self._adds_up, bad))
 
     def _clipped_norm(self) -> Tensor:
@@ -157,18 +161,17 @@ class TrainingStep:
             norm = self._fabric.clip_gradients(self._model, self.optimizer, max_norm=most, error_if_nonfinite=False)
             assert norm is not None
             return norm
-        gradients = [weight.grad for weight in self._method.parameters() if weight.grad is not None]
+        gradients = [weight.grad for weight in self._learned if weight.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
     def _what_fits(self, batch: Batch) -> str:
         """Found by trying, with room for the optimizer's state if it has none yet."""
-        weights = [weight for weight in self._method.parameters() if weight.requires_grad]
-        room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in weights for _ in range(2)]
+        room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
 
         def attempt(count: int) -> None:  # without the model's wrapper, so that no other process is waited for
             with self.autocast(), torch.compiler.set_stance("force_eager"):
                 output = self._method({name: tensor[:count] for name, tensor in batch.items()})
-            torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), weights, allow_unused=True)
+            torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), self._learned, allow_unused=True)
 
         share = len(batch["image"])
         self._method.eval()  # in which a method waits for no other process either
@@ -184,11 +187,6 @@ class TrainingStep:
             f"{share // self._settings.accumulate} patches at once do not fit into {where}, {fits} do: "
             f"set accumulate={parts}, which divides the batch of {self._batch_size} into parts, or batch_size={whole}."
         )
-
-
-def _without_gradient(method: nn.Module) -> list[Tensor]:
-    """What changes without the optimizer: batch norm's statistics, queues, a teacher's weights."""
-    return [*method.buffers(), *(weight.data for weight in method.parameters() if not weight.requires_grad)]
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
