@@ -63,6 +63,7 @@ class NetworkConfig(_Section):
     channels: tuple[PositiveInt, ...] | None = None  # unet only
     strides: tuple[PositiveInt, ...] | None = None
     num_res_units: int | None = Field(default=None, ge=0)
+    norm: Literal["instance", "batch"] | None = None  # unet only; null: instance, which small batches do not mislead
     backbone: str | None = None  # flexible_unet only, for instance resnet18
 
 

@@ -1,7 +1,7 @@
 """Backbones by name, and from the description in a card."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from monai.networks.nets import FlexibleUNet, UNet
 from torch import nn
@@ -28,17 +28,19 @@ def build_backbone(
     channels: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
     num_res_units: int | None = None,
+    norm: Literal["instance", "batch"] | None = None,
     backbone: str | None = None,
 ) -> Backbone:
     """An untrained backbone.
 
-    name: "unet" (MONAI's; needs channels, strides, num_res_units), "flexible_unet" (MONAI's; needs backbone, for
+    name: "unet" (MONAI's; needs channels, strides, num_res_units; takes norm, default instance), "flexible_unet" (MONAI's; needs backbone, for
     instance "resnet18") or "published_unet" (3D). Raises ValueError when the arguments do not fit the name.
     """
     settings: dict[str, Any] = {
         "channels": channels, "strides": strides, "num_res_units": num_res_units, "backbone": backbone
     }  # fmt: skip
     given = {key: value for key, value in settings.items() if value is not None}
+    norms = {} if norm is None else {"norm": norm}
     needed = {"unet": {"channels", "strides", "num_res_units"}, "flexible_unet": {"backbone"}, "published_unet": set()}
     if name not in needed:
         raise ValueError(f"network.name {name!r} is unknown; there are {', '.join(needed)}")
@@ -47,13 +49,15 @@ def build_backbone(
             f"network {name} needs exactly these settings: {', '.join(sorted(needed[name])) or 'none'}; "
             f"given are: {', '.join(sorted(given)) or 'none'}"
         )
+    if norms and name != "unet":
+        raise ValueError(f"network {name} has a norm of its own: leave network.norm out")
     if name == "unet":
         if len(given["strides"]) != len(given["channels"]) - 1:
             raise ValueError(
                 f"network.strides {list(given['strides'])} must have one number fewer than "
                 f"network.channels {list(given['channels'])}"
             )
-        return UNetBackbone(UNet(spatial_dims, in_channels, out_channels, **given))
+        return UNetBackbone(UNet(spatial_dims, in_channels, out_channels, **given, **norms))
     if name == "flexible_unet":
         if not given["backbone"].startswith("resnet"):
             raise ValueError(f"network.backbone {backbone!r} must be a ResNet of MONAI, for instance resnet18")

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from genesis.cli import main
 from genesis.config import ConVIRTConfig, image_text_settings
-from genesis.data.reports import Report, write_reports
+from genesis.data.reports import Report, read_reports, write_reports
+from genesis.data.sample_cohort import write_sample_cohort
+from genesis.data.store import VolumeStore
 from genesis.errors import UserError
 from genesis.evaluation.image_text import Pair, both_ways, read_prompts, search_by_report, zero_shot
 from genesis.evaluation.questions import Targets, questions
+from genesis.evaluation.retrieval import retrieval
 from genesis.methods import image_text_method
 from genesis.models import build_backbone
+from genesis.prepare import prepare
 from genesis.text.encoders import own_text_model
 from genesis.text.studies import studies_of
 from genesis.weights import (
@@ -27,6 +31,7 @@ from genesis.weights import (
     load_image_text,
     write_package,
 )
+from genesis.workspace import Workspace
 
 SPLITS = ("train",) * 4 + ("val",) * 2 + ("test",) * 4
 DATA = DataCard(modality="ct", window_hu=(-1000, 1000), spacing_mm=(2.0, 2.0, 3.0), patch_size=(16, 16, 16))
@@ -191,3 +196,35 @@ def test_a_package_without_texts_is_refused_before_anything_is_read(
     write_package(workspace / "weights" / "mute", backbone, data=DATA, pretraining=seen)
     where = ("--weights", "mute", "--data", "nowhere", "--prompts", str(workspace / "prompts.yaml"))
     assert "has no text encoder" in refused(workspace, capsys, "--task", "zero_shot", *where)
+
+
+@pytest.mark.slow
+def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path) -> None:
+    """Text to image as ConVIRT has it (section 4.3): queries for a category, relevant is every image of it.
+
+    On the sample cohort with more patients, shown coarsely and in a soft-tissue window, so that minutes are enough. Six
+    categories that a phantom shows as a whole: three of contrast agent, three of build.
+    """
+    workspace, folder = Workspace(tmp_path), ("--workspace", str(tmp_path))
+    data = write_sample_cohort(workspace.sample, patients=192)
+    prepare(data, workspace.store, workspace, modality="ct", sample=True)
+    settings = ("data.patch_size=[24,24,24]", "data.window_hu=[-200,300]", "train.batch_size=16", "train.steps=300")
+    changes = [part for setting in (*settings, "train.patience=100") for part in ("--set", setting)]
+    main(["train", "--method", "convirt", *changes, *folder, "--device", "cpu"])
+    main(["export", *folder])
+    wordings = (
+        ("without contrast agent", "unenhanced, no contrast agent given"),
+        ("with faint enhancement by contrast agent", "contrast agent given, faint enhancement"),
+        ("with strong enhancement by contrast agent", "contrast agent given, strong enhancement"),
+        ("slim build",), ("normal build",), ("obese build",),
+    )  # fmt: skip
+    store = VolumeStore(workspace.store)
+    metas, reports = store.select("test"), read_reports(workspace.store)
+    relevant = torch.tensor(
+        [[any(w in reports[meta.volume].impression for w in words) for words in wordings] for meta in metas]
+    )
+    queries = [[f"CT, {words}." for words in one] for one in wordings]
+    similarity = Pair(load_image_text(workspace.weights / "convirt_3d"), store).similarity(metas, queries, "asking")
+    found = retrieval(similarity.T, relevant.T)
+    print(len(metas), found)
+    assert found["precision@5"] > 1.25 * found["chance"]
