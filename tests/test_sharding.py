@@ -1,0 +1,124 @@
+"""Weights divided among two processes learn what whole ones learn, and are saved as whole ones are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import torchrun
+from test_step import method_and_batch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.launch import launch
+from genesis.engine.method import Method
+from genesis.engine.optimizer import OptimizerSettings
+from genesis.engine.sharding import local
+from genesis.engine.step import StepSettings, TrainingStep
+from genesis.engine.trainer import fit
+from genesis.errors import UserError
+from genesis.seeding import generator
+
+ADAM = OptimizerSettings("adam", 1e-3, clip_norm=0.1)
+STEPS = 4
+SHARDED = StepSettings(shard=True)
+
+
+class Patches(Dataset[dict[str, Tensor]]):
+    def __init__(self, count: int = 10**9) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = torch.rand(1, 16, 16, 16, generator=generator(0, "patch", index))
+        return {"image": image, "label": torch.tensor(index % 3), "key": torch.tensor(index)}
+
+
+def train(folder: Path, settings: StepSettings = StepSettings(), steps: int = STEPS, **how: Any) -> Method:  # noqa: B008
+    """Adam, whose second moments are part of what is resumed; the network has instance norm."""
+    method, _ = method_and_batch()
+    fit(
+        method, Patches(), validation=Patches(3), folder=folder, seed=0, device="cpu", steps=steps, batch_size=4,
+        optimizer=ADAM, settings=settings, title="test", validate_every=2, workers=0, **how,
+    )  # fmt: skip
+    return method
+
+
+def in_two_processes(tmp_path: Path, body: str) -> str:
+    script = tmp_path / "script.py"
+    head = f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    script.write_text(f"{head}from test_sharding import *\nhere = Path({str(tmp_path)!r})\n{body}", encoding="utf-8")
+    ((code, said),) = torchrun(str(script))
+    assert code == 0, said
+    return said
+
+
+def check_the_memory() -> None:
+    """In each of two processes: half of every weight, gradient and moment."""
+    method, batch = method_and_batch()
+    total = sum(weight.numel() for weight in method.parameters())
+    step = TrainingStep(launch("cpu"), method, ADAM, SHARDED, batch_size=12, steps=1, seed=0)
+    held: list[int] = []
+    step._method.register_forward_pre_hook(lambda *_: held.append(1))
+    step(batch, 0)
+    assert held, "it is not the divided copy that learns"
+    weights = sum(local(weight).numel() for weight in step._method.parameters())
+    moments = [local(values["exp_avg"]).numel() for values in step.optimizer.state.values()]
+    assert 0.4 * total < weights < 0.6 * total
+    assert sum(moments) == weights
+
+
+def check_the_refusal() -> None:
+    from test_contrastive_methods import tiny
+
+    with pytest.raises(UserError, match="MoCoV2 changes weights between"):
+        TrainingStep(launch("cpu"), tiny("moco_v2"), ADAM, SHARDED, batch_size=4, steps=1, seed=0)
+    with pytest.raises(UserError, match=r"train\.compile"):
+        settings = StepSettings(shard=True, compile=True)
+        TrainingStep(launch("cpu"), method_and_batch()[0], ADAM, settings, batch_size=4, steps=1, seed=0)
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Weights and both moments, whole ones of the same shapes, in the last checkpoint; weights in the best."""
+    first, second = (read_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, two))
+    assert first["method"].keys() == second["method"].keys()
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    leaves = [torch.utils._pytree.tree_leaves([x["method"], x["optimizer"]["state"]]) for x in (first, second)]
+    pairs = zip(*leaves, strict=True)
+    assert all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
+    best = (read_checkpoint(folder / "checkpoints" / "best.pt") for folder in (one, two))
+    (s, a), (t, b) = ((x["step"], x["method"]) for x in best)
+    assert s == t
+    assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+
+
+@pytest.mark.slow
+def test_two_processes_with_divided_weights_equal_one(tmp_path: Path) -> None:
+    method = train(tmp_path / "one")
+    start = dict(method_and_batch()[0].named_parameters())
+    assert max((weight - start[name]).abs().max() for name, weight in method.named_parameters()) > 1e-3
+    train(tmp_path / "half", steps=2)  # to go on from, divided
+    in_two_processes(
+        tmp_path,
+        "check_the_memory()\ncheck_the_refusal()\n"
+        "method = train(here / 'two', SHARDED)\n"
+        "launch('cpu').barrier()\n"  # the first process has written
+        "last = read_checkpoint(here / 'two/checkpoints/last.pt')['method']\n"
+        "assert all(torch.equal(value, last[name]) for name, value in method.state_dict().items())\n"
+        "train(here / 'parts', StepSettings(shard=True, accumulate=2))\n"
+        "train(here / 'half', SHARDED, resume=True)\n"
+        "train(here / 'divided', SHARDED, steps=2)\n",
+    )
+    train(tmp_path / "divided", resume=True)  # by one process what two began
+    for name in ("two", "parts", "half", "divided"):
+        assert_same(tmp_path / "one", tmp_path / name)
+
+
+def test_one_process_is_told_that_there_is_nothing_to_divide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, SHARDED, steps=1)
+    assert "train.shard has no effect" in capsys.readouterr().out
