@@ -7,19 +7,25 @@ import pytest
 import torch
 from launched import torchrun
 from test_step import method_and_batch
+from test_train import ARGUMENTS, DATA, make_discovery, make_store
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from genesis import cli, load_pretrained
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.launch import launch
 from genesis.engine.method import Method
 from genesis.engine.optimizer import OptimizerSettings
-from genesis.engine.sharding import local
+from genesis.engine.sharding import divided, local
 from genesis.engine.step import StepSettings, TrainingStep
 from genesis.engine.trainer import fit
 from genesis.errors import UserError
 from genesis.seeding import generator
+from genesis.workspace import Workspace
 
+# Before instance norm: their gradient is 0 but for rounding, which Adam turns into steps, and they change no output.
+NO_EFFECT = ("unit0.conv.bias", "model.2.0.conv.bias", "head.convolution.bias")
+SGD = OptimizerSettings("sgd", 0.05, clip_norm=1.0)
 ADAM = OptimizerSettings("adam", 1e-3, clip_norm=0.1)
 STEPS = 4
 SHARDED = StepSettings(shard=True)
@@ -37,12 +43,18 @@ class Patches(Dataset[dict[str, Tensor]]):
         return {"image": image, "label": torch.tensor(index % 3), "key": torch.tensor(index)}
 
 
-def train(folder: Path, settings: StepSettings = StepSettings(), steps: int = STEPS, **how: Any) -> Method:  # noqa: B008
+def train(
+    folder: Path,
+    settings: StepSettings = StepSettings(),  # noqa: B008
+    steps: int = STEPS,
+    optimizer: OptimizerSettings = ADAM,
+    **how: Any,
+) -> Method:
     """Adam, whose second moments are part of what is resumed; the network has instance norm."""
     method, _ = method_and_batch()
     fit(
         method, Patches(), validation=Patches(3), folder=folder, seed=0, device="cpu", steps=steps, batch_size=4,
-        optimizer=ADAM, settings=settings, title="test", validate_every=2, workers=0, **how,
+        optimizer=optimizer, settings=settings, title="test", validate_every=2, workers=0, **how,
     )  # fmt: skip
     return method
 
@@ -71,6 +83,33 @@ def check_the_memory() -> None:
     assert sum(moments) == weights
 
 
+def check_a_bad_step() -> None:
+    """One process' batch is not finite: no process changes anything."""
+    fabric = launch("cpu")
+    method, batch = method_and_batch()
+    step = TrainingStep(fabric, method, ADAM, SHARDED, batch_size=12, steps=4, seed=0)
+    step(batch, 0)
+    before = {name: tensor.clone() for name, tensor in step.state_dict()["method"].items()}
+    step({**batch, "image": batch["image"] * (torch.nan if fabric.global_rank == 1 else 1)}, 1)
+    assert step.skipped.tolist() == [1, 1]
+    after = step.state_dict()["method"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def check_the_fused_optimizer() -> None:
+    """As on CUDA: it skips by itself, when it is told to."""
+    model = divided(method_and_batch()[0], launch("cpu"))
+    optimizer = ADAM.build(model.param_groups(), fused=True)
+    for bad in (1.0, 0.0):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        before = [local(weight).clone() for weight in model.parameters()]
+        optimizer.found_inf = torch.tensor(bad)  # type: ignore[attr-defined]
+        optimizer.step()
+        same = [torch.equal(local(weight), old) for weight, old in zip(model.parameters(), before, strict=True)]
+        assert all(same) if bad else not any(one for one, old in zip(same, before, strict=True) if old.numel())
+
+
 def check_the_refusal() -> None:
     from test_contrastive_methods import tiny
 
@@ -81,18 +120,22 @@ def check_the_refusal() -> None:
         TrainingStep(launch("cpu"), method_and_batch()[0], ADAM, settings, batch_size=4, steps=1, seed=0)
 
 
-def assert_same(one: Path, two: Path) -> None:
-    """Weights and both moments, whole ones of the same shapes, in the last checkpoint; weights in the best."""
+def assert_same(one: Path, two: Path, without: tuple[str, ...] = ()) -> None:
+    """Weights and optimizer state, whole ones of the same shapes, in the last checkpoint; weights in the best.
+
+    But for the values of weights whose names end as in `without`.
+    """
     first, second = (read_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, two))
     assert first["method"].keys() == second["method"].keys()
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
-    leaves = [torch.utils._pytree.tree_leaves([x["method"], x["optimizer"]["state"]]) for x in (first, second)]
-    pairs = zip(*leaves, strict=True)
-    assert all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
-    best = (read_checkpoint(folder / "checkpoints" / "best.pt") for folder in (one, two))
-    (s, a), (t, b) = ((x["step"], x["method"]) for x in best)
-    assert s == t
-    assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+    moments = (torch.utils._pytree.tree_leaves(x["optimizer"]["state"]) for x in (first, second))
+    assert all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*moments, strict=True))
+    best = [read_checkpoint(folder / "checkpoints" / "best.pt") for folder in (one, two)]
+    assert best[0]["step"] == best[1]["step"]
+    for a, b in ((first["method"], second["method"]), (best[0]["method"], best[1]["method"])):
+        for name in a:
+            assert a[name].shape == b[name].shape
+            assert name.endswith(without) or torch.allclose(a[name], b[name], rtol=0, atol=1e-5), name
 
 
 @pytest.mark.slow
@@ -100,21 +143,24 @@ def test_two_processes_with_divided_weights_equal_one(tmp_path: Path) -> None:
     method = train(tmp_path / "one")
     start = dict(method_and_batch()[0].named_parameters())
     assert max((weight - start[name]).abs().max() for name, weight in method.named_parameters()) > 1e-3
+    train(tmp_path / "sgd", optimizer=SGD)
     train(tmp_path / "half", steps=2)  # to go on from, divided
     in_two_processes(
         tmp_path,
-        "check_the_memory()\ncheck_the_refusal()\n"
+        "check_the_memory()\ncheck_a_bad_step()\ncheck_the_fused_optimizer()\ncheck_the_refusal()\n"
         "method = train(here / 'two', SHARDED)\n"
         "launch('cpu').barrier()\n"  # the first process has written
         "last = read_checkpoint(here / 'two/checkpoints/last.pt')['method']\n"
         "assert all(torch.equal(value, last[name]) for name, value in method.state_dict().items())\n"
         "train(here / 'parts', StepSettings(shard=True, accumulate=2))\n"
+        "train(here / 'sgd_two', SHARDED, optimizer=SGD)\n"
         "train(here / 'half', SHARDED, resume=True)\n"
         "train(here / 'divided', SHARDED, steps=2)\n",
     )
     train(tmp_path / "divided", resume=True)  # by one process what two began
     for name in ("two", "parts", "half", "divided"):
-        assert_same(tmp_path / "one", tmp_path / name)
+        assert_same(tmp_path / "one", tmp_path / name, NO_EFFECT)
+    assert_same(tmp_path / "sgd", tmp_path / "sgd_two")
 
 
 def test_one_process_is_told_that_there_is_nothing_to_divide(
@@ -122,3 +168,17 @@ def test_one_process_is_told_that_there_is_nothing_to_divide(
 ) -> None:
     train(tmp_path, SHARDED, steps=1)
     assert "train.shard has no effect" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_a_divided_training_saved_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "store")
+    Workspace(tmp_path).id_key()
+    make_discovery(tmp_path / "discovery" / "3d", DATA)
+    settings = [*ARGUMENTS, "--set", "train.shard=true", "--steps", "2", "--workspace", str(tmp_path)]
+    ((code, said),) = torchrun("-m", "genesis.train", "--", "--device", "cpu", *settings)
+    assert code == 0, said
+    cli.main(["export", "--workspace", str(tmp_path)])
+    best = read_checkpoint(tmp_path / "runs" / "semantic_genesis_3d" / "checkpoints" / "best.pt")["method"]
+    network = load_pretrained(tmp_path / "weights" / "semantic_genesis_3d").state_dict()
+    assert all(torch.equal(value, best[f"backbone.network.{name}"]) for name, value in network.items())
