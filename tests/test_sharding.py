@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from launched import torchrun
-from test_step import method_and_batch
+from test_step import SIDES, method_and_batch, network
 from test_train import ARGUMENTS, DATA, make_discovery, make_store
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from genesis import cli, load_pretrained
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.launch import launch
-from genesis.engine.method import Method
+from genesis.engine.method import Batch, Method, Output
 from genesis.engine.optimizer import OptimizerSettings
 from genesis.engine.sharding import divided, local
 from genesis.engine.step import StepSettings, TrainingStep
 from genesis.engine.trainer import fit
 from genesis.errors import UserError
+from genesis.models import Backbone
 from genesis.seeding import generator
 from genesis.workspace import Workspace
 
@@ -29,6 +30,16 @@ SGD = OptimizerSettings("sgd", 0.05, clip_norm=1.0)
 ADAM = OptimizerSettings("adam", 1e-3, clip_norm=0.1)
 STEPS = 4
 SHARDED = StepSettings(shard=True)
+
+
+class Plain(Method):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batch: Batch) -> Output:
+        restored = self.backbone.decode(self.backbone.encode(batch["image"]))
+        return Output({"mse": (restored - batch["image"]).square().mean()})
 
 
 class Patches(Dataset[dict[str, Tensor]]):
@@ -110,6 +121,26 @@ def check_the_fused_optimizer() -> None:
         assert all(same) if bad else not any(one for one, old in zip(same, before, strict=True) if old.numel())
 
 
+def check_every_network() -> None:
+    """Divided or not, two processes learn the same; activations are recomputed, too."""
+    fabric = launch("cpu")
+    for name, sides in SIDES.items():
+        ends = []
+        for settings in (StepSettings(), SHARDED):
+            backbone = network(name)
+            start = [weight.detach().clone() for weight in backbone.parameters()]
+            backbone.recompute_activations()
+            method = Plain(backbone)
+            step = TrainingStep(fabric, method, SGD, settings, batch_size=4, steps=2, seed=0)
+            image = torch.rand(2, 1, *sides, generator=generator(0, "image", fabric.global_rank))
+            for number in range(2):
+                step({"image": image, "key": torch.arange(2)}, number)
+            step.gather()
+            ends.append([weight.detach().clone() for weight in method.parameters()])
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*ends, strict=True)), name
+        assert max((a - b).abs().max() for a, b in zip(start, ends[1], strict=True)) > 1e-3, name
+
+
 def check_the_refusal() -> None:
     from test_contrastive_methods import tiny
 
@@ -147,7 +178,7 @@ def test_two_processes_with_divided_weights_equal_one(tmp_path: Path) -> None:
     train(tmp_path / "half", steps=2)  # to go on from, divided
     in_two_processes(
         tmp_path,
-        "check_the_memory()\ncheck_a_bad_step()\ncheck_the_fused_optimizer()\ncheck_the_refusal()\n"
+        "check_the_memory()\ncheck_a_bad_step()\ncheck_the_fused_optimizer()\ncheck_every_network()\ncheck_the_refusal()\n"
         "method = train(here / 'two', SHARDED)\n"
         "launch('cpu').barrier()\n"  # the first process has written
         "last = read_checkpoint(here / 'two/checkpoints/last.pt')['method']\n"
