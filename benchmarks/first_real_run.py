@@ -6,7 +6,7 @@
 DATA holds `ct_headneck/` (OpenKBP, 170 CTs, 49 labelled) and `mr_hippocampus/` (Decathlon Task04, 161 MRs). Writes
 `benchmarks/results/first_real_run.md` and its pictures. The default size suits two CPU cores and about 90 minutes.
 `--full` takes the shipped configs, with what `--set` changes of them, wants a CUDA card, and writes
-`first_real_run_full.md`; what its hippocampus needs beside is in `FULL`.
+`first_real_run_full.md`; what the cohorts need beside is in `FULL`.
 """
 
 import argparse
@@ -93,7 +93,7 @@ STUDIES = (
 )
 
 
-# At the voxels of the head-neck CTs, 3.9 × 3.9 × 2.5 mm, a patch is wider than a neck, so that half of it is never tissue.
+# At the voxels of the head-neck CTs, 3.9 × 3.9 × 2.5 mm, a patch is wider than a neck: half of it is never tissue.
 # The crops of the hippocampus have 31 to 59 voxels a side, less than the shipped patch.
 FULL = {"ct_headneck": ("discovery.min_tissue=0.3",), "mr_hippocampus": ("data.patch_size=[32,32,32]",)}
 

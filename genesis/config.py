@@ -305,6 +305,7 @@ class TrainConfig(_Section):
     compile: Literal["auto"] | bool = "auto"  # torch.compile; auto: on CUDA; off, with a line, where it fails
     accumulate: PositiveInt = 1  # parts in which a rank computes its share of a batch, to save memory
     recompute_activations: bool = False  # in the backward pass, instead of keeping them: saves memory, costs time
+    shard: bool = False  # weights, gradient, optimizer state divided among ranks (FSDP): networks too big for one card
     validate_every: PositiveInt  # steps
     validation_samples: PositiveInt
     patience: PositiveInt  # validations without improvement before stopping early

@@ -113,7 +113,9 @@ def run(options: argparse.Namespace) -> None:
         "steps": config.train.steps,
         "batch_size": config.samples_per_step,
         "optimizer": OptimizerSettings(**config.train.optimizer.model_dump()),
-        "settings": StepSettings(config.train.precision, config.train.compile, config.train.accumulate),
+        "settings": StepSettings(
+            config.train.precision, config.train.compile, config.train.accumulate, config.train.shard
+        ),
         "validate_every": config.train.validate_every,
         "workers": 0 if isinstance(train, ResidentPatches) else config.train.workers,
     }
@@ -121,6 +123,8 @@ def run(options: argparse.Namespace) -> None:
     judges = f"{len(validation) if validation else 'no'} {what} of held-out patients judge it"
     fabric.print(f"Training {config.method.name} on {_amount(this)}; {judges}.")
     if options.dry_run:
+        if config.train.shard and fabric.world_size > 1:
+            raise UserError("--dry-run cannot measure a divided network yet: add --set train.shard=false to it.")
         fabric.print(_forecast(measure(method, train, **how), config, this.folder))
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"

@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.network = network
         self._halves = (encoder, output)  # in a tuple, which nn.Module does not register
-        self._blocks = tuple(blocks)
+        self.blocks = tuple(blocks)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
 
         Saves most of the memory of training for about a third more time. Output, gradients and state are the same.
         """
-        for block in self._blocks:
+        for block in self.blocks:
             norms = [part for part in block.modules() if isinstance(part, _BatchNorm)]
             contexts: dict[str, Any] = (
                 {"context_fn": partial(_second_time, norms)} if norms else {}

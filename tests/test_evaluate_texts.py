@@ -208,7 +208,7 @@ def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path
     workspace, folder = Workspace(tmp_path), ("--workspace", str(tmp_path))
     data = write_sample_cohort(workspace.sample, patients=192)
     prepare(data, workspace.store, workspace, modality="ct", sample=True)
-    settings = ("data.patch_size=[24,24,24]", "data.window_hu=[-200,300]", "train.batch_size=16", "train.steps=300")
+    settings = ("data.patch_size=[24,24,24]", "data.window_hu=[-200,300]", "train.batch_size=16", "train.steps=450")
     changes = [part for setting in (*settings, "train.patience=100") for part in ("--set", setting)]
     main(["train", "--method", "convirt", *changes, *folder, "--device", "cpu"])
     main(["export", *folder])
@@ -226,5 +226,4 @@ def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path
     queries = [[f"CT, {words}." for words in one] for one in wordings]
     similarity = Pair(load_image_text(workspace.weights / "convirt_3d"), store).similarity(metas, queries, "asking")
     found = retrieval(similarity.T, relevant.T)
-    print(len(metas), found)
     assert found["precision@5"] > 1.25 * found["chance"]

@@ -109,6 +109,8 @@ def test_sample_cohort(tmp_path: Path) -> None:
     assert len(description["unlabelled"]) == 3
     cases = description["training"] + description["unlabelled"]
     assert len({case["patient_id"] for case in cases}) == 8
+    reports = [case.report for case in find_cases(path).cases]
+    assert all(report is not None and report.findings and report.impression for report in reports)
     assert len(list(path.parent.glob("images/*"))) == 8
     assert len(list(path.parent.glob("labels/*"))) == 5
     targets = set()

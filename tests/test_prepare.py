@@ -265,6 +265,20 @@ def test_scans_that_do_not_go_together(prepared: Prepare, workspace: Workspace, 
     assert audit.notes == {}
 
 
+def test_x_rays_may_be_pictures_beside_other_scans(workspace: Workspace, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["image,patient_id,modality"]
+    for number in range(2):
+        picture = sitk.GetImageFromArray(rng.integers(0, 2000, (20, 20)).astype(np.uint16))
+        sitk.WriteImage(picture, str(tmp_path / f"xray{number}.png"))
+        save(tmp_path / f"ct{number}.nii", ct(number))
+        lines += [f"xray{number}.png,x{number},xray", f"ct{number}.nii,c{number},ct"]
+    (tmp_path / "scans.csv").write_text("\n".join(lines), encoding="utf-8")
+    audit = prepare(tmp_path / "scans.csv", workspace.store, workspace, modality=None, workers=0)
+    assert audit.quarantined == {}
+    assert sorted(meta.modality for meta in VolumeStore(workspace.store)) == ["ct", "ct", "xray", "xray"]
+
+
 def quarantine_of(path: Path, modality: Modality, folder: Path) -> str:
     return take_in(Task(Case((path,), "a", "a"), modality, None, "train", folder, b"key")).reason
 

@@ -200,7 +200,7 @@ def _unify(case_map: CaseMap, metas: dict[str, VolumeMeta], key: bytes) -> None:
         reason = ""
         if channels != usual[0][0]:
             reason = f"{channels} channels, where most scans have {usual[0][0]}"
-        elif volumes and row.path in pictures:
+        elif volumes and row.path in pictures and metas[row.id].modality != "xray":
             reason = "a picture among other scans (a preview?)"
         if reason:
             del metas[row.id]

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..seeding import key
 from .memory import is_out_of_memory, largest_that_fits
 from .method import Batch, Method
 from .optimizer import OptimizerSettings
+from .sharding import copy_weights, divide_state, divided, local, whole
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -32,11 +34,14 @@ class StepSettings:
     accumulate: parts in which a process computes its share of the batch, one after the other, to save memory. The
         gradient is the mean over the parts: that of the whole batch where the loss is a mean over samples. It is not
         where samples act on each other: batch norm, Dice over the batch, contrastive losses.
+    shard: whether weights, gradient and optimizer state are divided among the processes. Not together with `compile`;
+        "auto" is off then.
     """
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = False
     accumulate: int = 1
+    shard: bool = False
 
 
 class TrainingStep:
@@ -48,7 +53,11 @@ class TrainingStep:
     A step whose loss or gradient is not finite changes nothing. Whether it is, is decided on the device; `skipped`
     counts there, in float32, the steps skipped since somebody set it to 0, and those skipped in a row until now.
 
-    Raises `UserError` when the batch cannot be divided among the processes and their parts.
+    Where the weights are divided, a divided copy learns, and the method itself waits on the CPU; `gather` brings it up
+    to date. That, `state_dict`, `load_state_dict` and a step must be called by all processes.
+
+    Raises `UserError` when the batch cannot be divided among the processes and their parts, or the method cannot be
+    divided.
     """
 
     def __init__(
@@ -68,19 +77,30 @@ class TrainingStep:
                 + (f" with {settings.accumulate} parts each." if settings.accumulate > 1 else ".")
             )
         cuda = fabric.device.type == "cuda"
-        if cuda:
+        if settings.shard and fabric.world_size == 1:
+            fabric.print("train.shard has no effect: there is only one process to divide the weights among.")
+        self._whole, self._shard = method, settings.shard and fabric.world_size > 1
+        if self._shard:
+            if settings.compile is True:
+                raise UserError("train.shard does not go with train.compile=true; set one of them to false.")
+            method = divided(method, fabric)
+        elif cuda:
             _channels_last(method)
-        self._compiled = settings.compile is True or (settings.compile == "auto" and cuda)
+        self._compiled = settings.compile is True or (settings.compile == "auto" and cuda and not self._shard)
         if self._compiled:
             method.compile()
         self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
         self._fabric, self._method, self._settings = fabric, method, settings
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
-        self._model, self.optimizer = fabric.setup(method, optimizer.build(method.param_groups(), fused=cuda))
+        optim = optimizer.build(method.param_groups(), fused=cuda)
+        if self._shard:  # what Fabric's wrapper does but for DDP: nothing
+            self._model, self.optimizer = method, fabric.setup_optimizers(optim)
+        else:
+            self._model, self.optimizer = fabric.setup(method, optim)
         weights = list(method.parameters())
         self._learned = [weight for weight in weights if weight.requires_grad]
         # What changes without the optimizer: batch norm's statistics, queues, a teacher's weights; in place, all of it.
-        self._kept = [*method.buffers(), *(weight.data for weight in weights if not weight.requires_grad)]
+        self._kept = [*method.buffers(), *(local(weight.data) for weight in weights if not weight.requires_grad)]
         self._proven = False  # a step has run
         self.skipped = torch.zeros(2, device=fabric.device)
         self._adds_up = torch.tensor([1.0, 0.0], device=fabric.device)  # which of the two goes on after a good step
@@ -90,6 +110,8 @@ class TrainingStep:
 
         Raises `UserError` that says what would fit when there is not enough memory; the weights are as before then.
         """
+        if self._shard:
+            self._whole.cpu()  # after a validation
         before = _copies(self._kept)
         try:
             terms = self._gradients_or_eager(batch, step)
@@ -101,6 +123,37 @@ class TrainingStep:
             return terms
         self.optimizer.zero_grad()
         raise UserError(self._what_fits(batch))  # out of the handler, which keeps the failed step's tensors alive
+
+    def gather(self) -> None:
+        """Give the method the weights that were learned; the first process' is on the device then, to be used."""
+        if self._shard:
+            copy_weights(self._method, self._whole)
+            if self._fabric.is_global_zero:
+                self._whole.to(self._fabric.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the method and the optimizer, the same whether they are divided or not."""
+        self.gather()
+        optimizer = self.optimizer.state_dict()
+        return {
+            "method": self._whole.state_dict(),
+            "optimizer": whole(optimizer) if self._shard else optimizer,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._whole.load_state_dict(saved["method"])
+        optimizer = saved["optimizer"]
+        if self._shard:
+            copy_weights(self._whole, self._method)
+            optimizer = divide_state(optimizer, self.optimizer)
+        self.optimizer.load_state_dict(optimizer)
+        for weight, values in self.optimizer.state.items():  # in memory as the weight lies, which may be otherwise here
+            for name, value in values.items():
+                if value.shape == weight.shape:
+                    values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+        if "skipped" in saved:  # since 0.2
+            self.skipped.copy_(saved["skipped"])
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=self._bf16)
@@ -125,7 +178,8 @@ class TrainingStep:
         terms = []
         with torch.compiler.set_stance("default" if self._compiled else "force_eager"):
             for number, part in enumerate(parts, 1):
-                with self._fabric.no_backward_sync(self._model, enabled=number < len(parts)):
+                wait = number < len(parts) and not self._shard  # divided gradients take less memory
+                with self._fabric.no_backward_sync(self._model, enabled=True) if wait else nullcontext():
                     with self.autocast():
                         output = self._model(part)
                     loss = _sum(output.losses.values())
@@ -157,6 +211,11 @@ class TrainingStep:
     def _clipped_norm(self) -> Tensor:
         """The norm of the gradient before it is clipped."""
         most = self._rule.clip_norm
+        if self._shard:
+            norm: Tensor = whole(
+                torch.nn.utils.clip_grad_norm_(self._method.parameters(), inf if most is None else most)
+            )
+            return norm
         if most is not None:
             norm = self._fabric.clip_gradients(self._model, self.optimizer, max_norm=most, error_if_nonfinite=False)
             assert norm is not None
@@ -166,6 +225,11 @@ class TrainingStep:
 
     def _what_fits(self, batch: Batch) -> str:
         """Found by trying, with room for the optimizer's state if it has none yet."""
+        share = len(batch["image"])
+        where = "the memory of " + ("this machine" if self._fabric.device.type == "cpu" else str(self._fabric.device))
+        if self._shard:  # nothing can be tried without the other processes
+            at_once = f"{share // self._settings.accumulate} patches at once do not fit into {where}"
+            return f"{at_once}: use a larger accumulate, or a smaller batch_size."
         room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
 
         def attempt(count: int) -> None:  # without the model's wrapper, so that no other process is waited for
@@ -173,12 +237,10 @@ class TrainingStep:
                 output = self._method({name: tensor[:count] for name, tensor in batch.items()})
             torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), self._learned, allow_unused=True)
 
-        share = len(batch["image"])
         self._method.eval()  # in which a method waits for no other process either
         fits = largest_that_fits(attempt, share // self._settings.accumulate)
         self._method.train()
         del room
-        where = "the memory of " + ("this machine" if self._fabric.device.type == "cpu" else str(self._fabric.device))
         if not fits:
             return f"Not even one patch fits into {where}: use a smaller data.patch_size or network, or another device."
         parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)

@@ -107,7 +107,7 @@ def fit(
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     state = _State()
     if resume and (newest := newest_intact(last.parent)):
-        state = _restore(newest, method, take_step)
+        state = _restore(newest, take_step)
         if newest != last and last.exists():
             aside = last.with_name(f"damaged-after-{state.step}.pt")
             fabric.print(f"{last} is damaged and now {aside.name}; going on from step {state.step}, the one before it.")
@@ -166,10 +166,11 @@ def fit(
                     if state.returned or not last.exists():
                         raise _not_finite(state, batch, train, batch_size, fabric, folder)
                     state.returned = True
-                    good = _restore(last, method, take_step).step
+                    good = _restore(last, take_step).step
                     take_step.skipped.zero_()
                     monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
             if validating:
+                take_step.gather()
                 _check_weights(method, fabric, state.step)
                 if held_out is not None:
                     with take_step.autocast():
@@ -190,10 +191,11 @@ def fit(
                 validating and not state.judging and not in_a_row
             )  # weights that make a step be skipped may be no good
             state.returned = state.returned and not good
-            if (good or stop) and fabric.is_global_zero:
-                tensors = {"method": method.state_dict(), "optimizer": optim.state_dict()}
-                keep_previous(last)
-                write_checkpoint(last, {**asdict(state), **tensors, "skipped": take_step.skipped})
+            if good or stop:
+                tensors = take_step.state_dict()
+                if fabric.is_global_zero:
+                    keep_previous(last)
+                    write_checkpoint(last, {**asdict(state), **tensors})
             if batch is not None:
                 bar.advance(**shown)
             if stop:
@@ -266,16 +268,9 @@ class _State:
         return FitResult(self.step, self.best_step, self.best_loss, self.metrics)
 
 
-def _restore(path: Path, method: Method, take_step: TrainingStep) -> _State:
-    saved, optimizer = read_checkpoint(path), take_step.optimizer
-    method.load_state_dict(saved["method"])
-    optimizer.load_state_dict(saved["optimizer"])
-    for weight, values in optimizer.state.items():  # in memory as the weight lies, which may be otherwise here
-        for name, value in values.items():
-            if value.shape == weight.shape:
-                values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    if "skipped" in saved:  # since 0.2
-        take_step.skipped.copy_(saved["skipped"])
+def _restore(path: Path, take_step: TrainingStep) -> _State:
+    saved = read_checkpoint(path)
+    take_step.load_state_dict(saved)
     names = ("step", "best_step", "best_loss", "metrics", "fruitless", "collapsed", "returned", "judging")
     return _State(**{n: saved[n] for n in names if n in saved}, recent=RunningMean(**saved["recent"]))
 

@@ -1,6 +1,7 @@
 """Self-supervised learning from 100 million medical images (Ghesu et al., JMI 9(6):064503, 2022)."""
 
 from collections.abc import Sequence
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class OnlineClustering(SwAV):
         if len(self.modalities) > 1:
             of = ", ".join(f"{name} {figures[f'prototype_usage_{name}']:.2f}" for name in self.modalities)
             lines.append(f"prototype usage by modality: {of}")
-        if "target_accuracy" in figures:
+        if isfinite(figures.get("target_accuracy", nan)):  # not where no held-out scan has a target
             lines.append(
                 f"accuracy of targets {figures['target_accuracy']:.1%}; chance is {figures['target_chance']:.1%}"
             )

@@ -108,11 +108,12 @@ class SemanticGenesis(Method):
 
     def collapsed(self, figures: dict[str, float]) -> list[str]:
         found = []
-        if self.lambda_rec and figures["mse"] >= figures["mean_mse"]:
+        # Asked so that what is not a number counts as collapsed.
+        if self.lambda_rec and not figures["mse"] < figures["mean_mse"]:
             found.append(f"restoration (error {figures['mse']:.3g}) is no better than each patch's mean")
         if self.lambda_cls and figures["accuracy"] <= figures["chance"] + 1e-6:
             found.append(f"the accuracy of pseudo-labels ({figures['accuracy']:.1%}) is at chance")
-        if figures["effective_rank"] < 1.5:
+        if not figures["effective_rank"] >= 1.5:
             found.append("the features of all patches lie on one line")
         return found
 
