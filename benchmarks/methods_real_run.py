@@ -213,19 +213,19 @@ def report(place: Place, methods: tuple[str, ...]) -> None:
         f"    python benchmarks/methods_real_run.py --data DATA{chosen}",
         "Recipes as shipped, at the sizes of the sample cohort (`configs/sample.yaml`), in voxels of 5 × 5 × 4 mm, "
         "for online_clustering of each scan's own. One pretraining a method, far shorter than any published one: this "
-        "shows that a method trains and what its encoder knows by then, not which method is best. convirt and gloria see "
-        "whole bodies of 48 × 40 × 48 voxels and learn from the 49 CTs with label maps, of which their captions are made, "
-        "the others patches of all CTs: rows of the two kinds do not compare.",
+        "shows that a method trains and what its encoder knows by then, not which method is best. convirt and gloria "
+        "see whole bodies of 48 × 40 × 48 voxels and learn from the 49 CTs with label maps, of which their captions "
+        "are made; the others see patches of all CTs. Rows of the two kinds do not compare.",
         "## Health of the pretext task",
-        "Figures of the last validation, on held-out patients: of convirt and gloria four, too few for five to be found "
-        "among (chance 1); there ln 4 = 1.386 is what the contrast is by chance, and the cosine of pairs 0.",
+        "Figures of the last validation, on held-out patients: of convirt and gloria four, too few for five to be "
+        "found among (chance 1); there ln 4 = 1.386 is what the contrast is by chance, and the cosine of pairs 0.",
         "| method | minutes of training | alarms | figures |\n|---|---|---|---|\n"
         + "\n".join(_health(method, record) for method, record in records.items()),
         "## Which organ is at the centre of a patch",
         f"Linear probe on frozen features, percent; {cases['train']} training, {cases['validation']} validation and "
         f"{cases['test']} test cases, mean ± sd over {len(place.seeds)} seeds, which draw the training cases and the "
-        "untrained encoder. Differences are paired by seed; all share one pretraining, so that with all labels only the "
-        "untrained encoder varies.",
+        "untrained encoder. Differences are paired by seed; all share one pretraining, so that with all labels only "
+        "the untrained encoder varies.",
         "| method | labelled cases | AUC | untrained | difference | accuracy | untrained | difference |\n"
         + "|" + "---|" * 8 + "\n"
         + "\n".join(line for method, record in records.items() for line in _probes(method, record)),

@@ -1,12 +1,14 @@
 """The losses of ConVIRT and GLoRIA against slow oracles written from the papers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from genesis.losses import image_text
 from genesis.losses.image_text import (
     bidirectional_info_nce,
     info_nce,
@@ -99,14 +101,22 @@ def test_a_text_without_words_does_no_harm() -> None:
     assert regions.grad.isfinite().all()
 
 
-def test_chunks_change_nothing_and_bound_what_is_kept() -> None:
+def test_chunks_change_nothing_and_bound_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     regions, words = random(3, 6, 64).requires_grad_(), random(8, 5, 6, seed=1).requires_grad_()
     present = torch.rand(8, 5, generator=torch.Generator().manual_seed(2)) < 0.7
     present[:, 0] = True
     own = torch.eye(3, 8, dtype=torch.bool)
     results = []
-    for at_once in (2**30, 3 * 5 * 64 * 2, 1):
+    texts: list[int] = []
+
+    def counted(regions: Tensor, words: Tensor, present: Tensor, **how: Any) -> Tensor:
+        texts.append(len(words))
+        return word_region_attention(regions, words, present, **how)
+
+    monkeypatch.setattr(image_text, "word_region_attention", counted)
+    for at_once, expected in ((2**30, [8]), (3 * 5 * 64 * 2, [2] * 4), (1, [1] * 8)):
         kept: list[int] = []
+        texts.clear()
 
         def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
             kept.append(tensor.numel())
@@ -114,6 +124,7 @@ def test_chunks_change_nothing_and_bound_what_is_kept() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             similarity = local_similarity(regions, words, present, scaled=True, at_once=at_once)
+        assert texts == expected
         gradients = torch.autograd.grad(info_nce(similarity, own), (regions, words))
         results.append((similarity.detach(), *gradients))
         assert max(kept) < 3 * 5 * 64 * 8  # nothing of the size image x text x word x region outlives the forward pass

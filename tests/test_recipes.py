@@ -88,6 +88,22 @@ def test_recorded_loss_trace(name: str) -> None:
     assert trace == pytest.approx(TRACES[name], rel=2e-2)
 
 
+@pytest.mark.parametrize("name", ["models_genesis", "inpainting", "patch_shuffling", "autoencoder"])
+def test_semantics_adds_the_classification_of_pseudo_labels(name: str) -> None:
+    """The pairs of the published ablation (Haghighi 2020, figure 6)."""
+    small = SMALL[3, "unet"]
+    losses = []
+    for semantics in ("false", "true"):
+        config = load_config(f"{name}_3d", [*small, f"method.semantics={semantics}"])
+        torch.manual_seed(0)
+        backbone = build_backbone(spatial_dims=3, **config.network.model_dump())
+        method = METHODS[name](config, backbone, Facts(classes=CLASSES if semantics == "true" else 0))
+        losses.append(method(patches(4, config.data.patch_size)).losses)
+        assert config.method.needs == ("pseudo_labels" if semantics == "true" else "patches")
+    assert set(losses[1]) - set(losses[0]) == {"classification"}
+    assert losses[1]["restoration"].item() == pytest.approx(losses[0]["restoration"].item())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: F811
     if load_config(f"{name}_3d").method.needs == "reports":

@@ -118,7 +118,7 @@ def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) 
         dataset,
         num_workers=processes,
         persistent_workers=processes > 0,
-        collate_fn=_collate,
+        collate_fn=collated,
         pin_memory=fabric.device.type == "cuda" and processes > 0,
         worker_init_fn=_ignore_signals,
         timeout=STALLED if processes else 0,
@@ -126,7 +126,7 @@ def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) 
     )
 
 
-def _collate(fetched: list[Batch] | Batch) -> Batch:
+def collated(fetched: list[Batch] | Batch) -> Batch:
     """A dataset with `__getitems__` may return whole batches, on whatever device."""
     return fetched if isinstance(fetched, dict) else default_collate(fetched)
 

@@ -15,6 +15,7 @@ from ..data.labelled import Classes, body_box
 from ..data.organs import OrganPatches
 from ..data.patches import cut
 from ..data.store import VolumeMeta, VolumeStore
+from ..engine.batches import collated
 from ..progress import progress
 from ..weights import DataCard
 from .cases import Splits, split_cases, with_label_maps, with_targets
@@ -114,7 +115,7 @@ class Organs(Question):
     def features(self, encoder: FrozenEncoder, split: str, title: str) -> Float[Tensor, "n d"]:
         patches, features = self._patches[split], []
         with progress(title, len(patches), "patches") as bar:
-            for batch in DataLoader(patches, batch_size=encoder.together):
+            for batch in DataLoader(patches, batch_size=encoder.together, collate_fn=collated):
                 features.append(encoder.encode(batch["image"]))
                 bar.advance(len(features[-1]))
         return torch.cat(features)
