@@ -45,8 +45,8 @@ TASKS = ("probe", "retrieval", "zero_shot")
 PERCENTAGES = ("1%", "10%", "100%")
 NEEDED = {
     "probe": "targets (a CSV's column target) of two kinds, or label maps of two organs",
-    "retrieval": "targets (a CSV's column target) of two kinds, label maps of two organs, or reports, with weights of "
-    "convirt or gloria",
+    "retrieval": "targets (a CSV's column target) of two kinds, label maps of two organs, or reports of test patients "
+    "(a CSV's column split: test), with weights of convirt or gloria",
     "zero_shot": "targets (a CSV's column target) of two kinds",
 }
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, Subset
 from .config import ConVIRTConfig, GLoRIAConfig, ViewMethodConfig
 from .data.resident import ResidentPatches, ResidentVolumes, residence
 from .data.samplers import HeldOutPatches, Patches, PseudoLabelPatches, RandomPatches, Sample, ValidationPatches
+from .errors import UserError
 from .runs import Run
 from .text.encoders import TextModel, kept_text_model, own_text_model, read_text_model
 from .text.reports import sections
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
+UNKNOWN = 0.5  # of the tokens of reports, from which on a text model is of another language
 TEXT = "text"  # of a run: its text encoder as it was before training
 
 
@@ -29,12 +31,20 @@ def text_model_of(run: Run) -> TextModel | None:
     text = settings.text
     if (run.folder / TEXT).is_dir():
         return kept_text_model(run.folder / TEXT, text.length)
-    if text.model is not None:
-        return read_text_model(text.model, text.revision, text.length)
     by_patient: defaultdict[str, list[str]] = defaultdict(list)
     for study in studies_of(run.material.store.select("train"), run.material.reports):
         by_patient[study.metas[0].patient] += sections(study.report).values()
-    return own_text_model(by_patient, length=text.length, seed=run.record["seed"])
+    if text.model is not None:
+        model = read_text_model(text.model, text.revision, text.length)
+    else:
+        model = own_text_model(by_patient, length=text.length, seed=run.record["seed"])
+    missing = model.encode.unknown([part for parts in by_patient.values() for part in parts])
+    if missing > UNKNOWN:
+        raise UserError(
+            f"The vocabulary of {text.model or 'our text model'} does not fit these reports: it lacks {missing:.0%} "
+            "of their words; set method.text.model to a text model of their language."
+        )
+    return model
 
 
 def samples_of(

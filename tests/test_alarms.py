@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_what_counts_as_collapse() -> None:
     collapsed = method.validate([batch])
     assert collapsed["effective_rank"] == pytest.approx(1.0)
     assert len(method.collapsed({**collapsed, "mse": collapsed["mean_mse"]})) == 3
+    assert len(method.collapsed({**good, "mse": nan, "effective_rank": nan})) == 2
 
 
 class Stuck(Points):

@@ -1,5 +1,6 @@
 """Every shipped recipe at a tiny size: a short recorded loss trace, and a training from the store to the pictures."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,29 @@ def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: 
     assert read_json(folder / "run.json")["status"] == "finished"
     assert read_metrics(folder, "val")[-1]["loss"] >= 0  # of one study alone there is nothing to tell apart
     assert (folder / "figures" / "learning_curves.png").is_file()
+
+
+def test_reports_of_another_language_than_the_text_model(
+    workspace: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small_text_model().write(tmp_path / "text")
+    write_reports(workspace / "store", {f"v{n}": Report(f"s{n}", text="肝臓 が 腫大 して いる") for n in range(8)})
+    settings = (f"method.text.model={tmp_path / 'text'}", "method.text.length=24")
+    changes = [part for setting in settings for part in ("--set", setting)]
+    with pytest.raises(SystemExit) as end:
+        train(workspace, "--method", "convirt", "--steps", "4", *SIZES, *changes)
+    assert end.value.code == 2
+    assert "does not fit these reports: it lacks 100% of their words" in capsys.readouterr().err
+
+
+def test_models_genesis_at_the_published_learning_rate_raises_an_alarm(workspace: Path) -> None:  # noqa: F811
+    """SGD at 1 ruins it (METHODS 2), the recipe's AdamW does not."""
+    ruinous = ["train.optimizer.name=sgd", "train.optimizer.learning_rate=1", "train.optimizer.warmup_steps=0"]
+    how = ("--method", "models_genesis", "--steps", "60", *SIZES, "--set", "train.validate_every=10")
+    train(workspace, *how, "--run", "sound")
+    with contextlib.suppress(SystemExit):
+        train(workspace, *how, "--run", "ruined", *(part for change in ruinous for part in ("--set", change)))
+    sound, ruined = (read_metrics(workspace / "runs" / run, "alarm") for run in ("sound", "ruined"))
+    assert "not_finite" in {alarm["kind"] for alarm in ruined} - {alarm["kind"] for alarm in sound}

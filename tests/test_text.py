@@ -79,6 +79,13 @@ def test_words_are_counted_as_words() -> None:
         assert (word == -1) == (token in ("[PAD]", "[CLS]", "[SEP]", ",", "."))
 
 
+def test_words_of_another_language_are_unknown() -> None:
+    model = own_text_model({f"patient {n}": ["The liver is enlarged."] for n in range(5)}, length=16, seed=0)
+    assert model.encode.unknown(["The liver is enlarged.", "Enlarged: the liver!"]) == 0
+    assert model.encode.unknown(["肝臓 が 腫大 して いる"]) == 1
+    assert model.encode.unknown(["..."]) == 0
+
+
 def test_the_own_vocabulary_has_no_rare_words_and_is_the_same_everywhere() -> None:
     texts = {f"patient {number}": ["The liver is enlarged."] for number in range(5)}
     texts["patient 0"] = ["The liver is enlarged.", *["Zachariasson, Zoe"] * 50]

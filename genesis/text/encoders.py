@@ -48,6 +48,13 @@ class Encoder:
             "word": torch.tensor(words, dtype=torch.int64),
         }
 
+    def unknown(self, texts: Sequence[str]) -> float:
+        """The share of the tokens in words for which the vocabulary has nothing."""
+        coded = self(texts)
+        inside = coded["word"] >= 0
+        missing = inside & (coded["tokens"] == self.tokenizer.unk_token_id)
+        return float(missing.sum() / inside.sum().clamp(min=1))
+
 
 class TextModel(nn.Module):
     """A transformer of the library `transformers`, and its tokenizer.
