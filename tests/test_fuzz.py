@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_files import write_series
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from genesis.data.cohort import Case
@@ -162,6 +162,7 @@ def reader() -> Iterator[Reader]:
         reader.pool.shutdown()
 
 
+@example(name="Doe.mha", done=[("flip", 0.25, 1, b"")])  # of the word CompressedData
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES <= 300)
 @given(name=st.sampled_from(NAMES), done=damages())
 def test_a_damaged_file_is_the_volume_that_it_describes_or_has_a_reason(

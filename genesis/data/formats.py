@@ -268,7 +268,9 @@ def _stored(path: Path) -> tuple[Path, int, bool]:
     spacing = fields.get("elementspacing") or fields.get("spacings") or ""
     if any(not float(step) > 0 for step in spacing.split()):
         raise Quarantine(f"voxel size {' × '.join(spacing.split())[:60]} mm in the header")
-    packed = fields.get("encoding") in ("gz", "gzip") or fields.get("compresseddata", "").lower() == "true"
+    # MetaIO looks at the first character alone, and takes a size for a yes.
+    compressed = fields.get("compresseddata", "1" if "compresseddatasize" in fields else "")[:1] in ("T", "t", "1")
+    packed = compressed or fields.get("encoding") in ("gz", "gzip")
     name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile")
     if not name or name.upper() == "LOCAL":
         return path, end.end() if end else 0, packed
