@@ -268,12 +268,14 @@ def _stored(path: Path) -> tuple[Path, int, bool]:
     spacing = fields.get("elementspacing") or fields.get("spacings") or ""
     if any(not float(step) > 0 for step in spacing.split()):
         raise Quarantine(f"voxel size {' × '.join(spacing.split())[:60]} mm in the header")
-    # MetaIO looks at the first character alone, and takes a size for a yes.
-    compressed = fields.get("compresseddata", "1" if "compresseddatasize" in fields else "")[:1] in ("T", "t", "1")
+    compressed = fields.get("compresseddata", "")[:1] in ("T", "t", "1")  # MetaIO looks at the first character alone
     packed = compressed or fields.get("encoding") in ("gz", "gzip")
     name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile")
     if not name or name.upper() == "LOCAL":
-        return path, end.end() if end else 0, packed
+        start = end.end() if end else 0
+        if compressed and fields.get("compresseddatasize") != str(path.stat().st_size - start):
+            raise Quarantine("damaged or cut off: its compressed bytes are not as many as the header announces")
+        return path, start, packed
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Quarantine("its voxels are in a file outside of its folder; put both into one")
     stored = path.parent / name
