@@ -261,10 +261,11 @@ def _stored(path: Path) -> tuple[Path, int, bool]:
         head = stream.read(65536)
     end = re.search(rb"LOCAL\r?\n|\r?\n\r?\n", head)
     text = head[: end.start() if end else None].decode("latin-1")
-    fields = {
-        key.strip().lower(): value.strip()
+    exact = {
+        key.strip(): value.strip()
         for key, _, value in (re.sub(r"[:=]", "\0", line, count=1).partition("\0") for line in text.splitlines())
     }
+    fields = {key.lower(): value for key, value in exact.items()}
     spacing = fields.get("elementspacing") or fields.get("spacings") or ""
     if any(not float(step) > 0 for step in spacing.split()):
         raise Quarantine(f"voxel size {' × '.join(spacing.split())[:60]} mm in the header")
@@ -273,7 +274,7 @@ def _stored(path: Path) -> tuple[Path, int, bool]:
     name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile")
     if not name or name.upper() == "LOCAL":
         start = end.end() if end else 0
-        if compressed and fields.get("compresseddatasize") != str(path.stat().st_size - start):
+        if compressed and exact.get("CompressedDataSize") != str(path.stat().st_size - start):
             raise Quarantine("damaged or cut off: its compressed bytes are not as many as the header announces")
         return path, start, packed
     if Path(name).is_absolute() or ".." in Path(name).parts:
