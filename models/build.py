@@ -34,7 +34,7 @@ def build_backbone(
     """An untrained backbone.
 
     name: "unet" (MONAI's; needs channels, strides, num_res_units; takes norm, default instance), "flexible_unet"
-    (MONAI's; needs backbone, for instance "resnet18") or "published_unet" (3D). Raises ValueError for what does not fit.
+    (MONAI's; needs backbone, say "resnet18") or "published_unet" (3D). Raises ValueError for what does not fit.
     """
     settings: dict[str, Any] = {
         "channels": channels, "strides": strides, "num_res_units": num_res_units, "backbone": backbone
