@@ -162,7 +162,8 @@ def reader() -> Iterator[Reader]:
         reader.pool.shutdown()
 
 
-@example(name="Doe.mha", done=[("flip", 0.25, 1, b"")])  # of the word CompressedData
+@example(name="Doe.mha", done=[("flip", 0.25, 1, b"")])  # of the word CompressedDataSize
+@example(name="Doe.raw.mha", done=[("overwrite", 0.234375, 1, b"\n")])
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES <= 300)
 @given(name=st.sampled_from(NAMES), done=damages())
 def test_a_damaged_file_is_the_volume_that_it_describes_or_has_a_reason(
