@@ -38,8 +38,8 @@ def foreground_mask(array: np.ndarray, spacing_mm: tuple[float, float, float], m
     """The same as bool on the grid of the volume."""
     foreground = find_foreground(array, spacing_mm, modality)
     mask = foreground.mask
-    for axis, (step, side) in enumerate(zip(foreground.steps, array.shape, strict=True)):
-        mask = np.take(mask, np.minimum(np.arange(side) // step, mask.shape[axis] - 1), axis)
+    for axis, side in enumerate(array.shape):
+        mask = mask.take(foreground.cells(axis, side), axis)
     return mask
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..errors import UserError
-from .resample import local_range, local_weights, positions, resample
+from .resample import box_weights, local_range, positions, resample
 from .store import Box, Volume, VolumeMeta
 
 
@@ -93,14 +93,9 @@ def cut_padded(
     for place, volume, ends in zip(x, volumes, torch.stack([start, stop], 2).tolist(), strict=True):
         part = window(volume.read(_slices(ends)), volume.meta, window_hu)
         place[(slice(None), *(slice(side) for side in part.shape[1:]))] = part
-    weights = []
-    for axis, count in enumerate(widest):
-        voxels = start[:, axis, None] + torch.arange(count)
-        numbers = (centre[:, axis], extent[:, axis], spacing[:, axis], shape[:, axis])
-        weights.append(local_weights(box[axis], *numbers, voxels))
-    inside = torch.stack([weight.sum(2).mean(1) for weight in weights]).prod(0)
+    weights, outside = box_weights(box, centre, extent, spacing, shape, start, widest)
     patches = resample(x, *weights)
-    return patches.squeeze(4) if len(size) == 2 else patches, (1 - inside).clamp(min=0)
+    return patches.squeeze(4) if len(size) == 2 else patches, outside
 
 
 def _slices(ends: list[list[int]]) -> Box:

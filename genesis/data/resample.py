@@ -3,7 +3,7 @@
 Numbers along an axis may be tensors, one per sample of a batch, on any device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,6 +79,25 @@ def axis_weights(
     start, stop = local_range(n_out, centre_mm, extent_mm, spacing_mm, n_in)
     voxels = torch.arange(int(start), int(stop))
     return int(start), local_weights(n_out, centre_mm, extent_mm, spacing_mm, n_in, voxels)
+
+
+def box_weights(
+    box: Sequence[int],
+    centre_mm: Float[Tensor, "b 3"],
+    extent_mm: Float[Tensor, "b 3"],
+    spacing_mm: Float[Tensor, "b 3"],
+    n_in: Int[Tensor, "b 3"],
+    start: Int[Tensor, "b 3"],
+    count: Sequence[int],
+) -> tuple[list[Float[Tensor, "b n n_local"]], Float[Tensor, " b"]]:
+    """`local_weights` along the three axes over `count` voxels from `start` on, and the share of each box outside."""
+    weights = []
+    for axis, n_local in enumerate(count):
+        voxels = start[:, axis, None] + torch.arange(n_local, device=start.device)
+        centre, extent, spacing, side = (x[:, axis] for x in (centre_mm, extent_mm, spacing_mm, n_in))
+        weights.append(local_weights(box[axis], centre, extent, spacing, side, voxels))
+    inside = torch.stack([weight.sum(2).mean(1) for weight in weights]).prod(0)
+    return weights, (1 - inside).clamp(min=0)
 
 
 def resample(

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..progress import progress
 from ..transforms.fused import kernels
 from .patches import window_line
-from .resample import local_range, local_weights, resample, taps
+from .resample import box_weights, local_range, resample, taps
 from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
@@ -140,20 +140,17 @@ class ResidentVolumes:
         self, whole: Int[Tensor, "b 11"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b c nx ny nz"], Float[Tensor, " b"]]:
         number, start, shape = whole[:, 0], whole[:, 1:4], whole[:, 4:7]
-        voxels = [start[:, axis, None] + torch.arange(n, device=self.device) for axis, n in enumerate(count)]
-        weights = []
-        for axis in range(3):
-            centre, extent, spacing = exact[:, axis::3].unbind(1)
-            weights.append(local_weights(box[axis], centre, extent, spacing, shape[:, axis], voxels[axis]))
-        x, y = (torch.minimum(voxels[axis], shape[:, axis, None] - 1) for axis in range(2))
+        centre, extent, spacing = exact.split(3, 1)
+        weights, outside = box_weights(box, centre, extent, spacing, shape, start, count)
+        voxels = (start[:, axis, None] + torch.arange(count[axis], device=self.device) for axis in range(2))
+        x, y = (torch.minimum(along, shape[:, axis, None] - 1) for axis, along in enumerate(voxels))
         plane = torch.arange(self.channels, device=self.device)[:, None] * shape[:, 0, None, None] + x[:, None]
         runs = plane[..., None] * shape[:, 1, None, None, None] + y[:, None, None]
         runs = runs * shape[:, 2, None, None, None] + (self._offset[number] + start[:, 2])[:, None, None, None]
         stored = self._voxels.unfold(0, count[2], 1)[runs]  # (b, c, x, y, z)
         lift, gain, bias = (values[number, :, None, None, None] for values in (self._lift, self._gain, self._bias))
         windowed = stored.float().add_(lift).mul_(gain).add_(bias).clamp_(0, 1)
-        inside = torch.stack([weight.sum(2).mean(1) for weight in weights]).prod(0)
-        return resample(windowed, *weights), (1 - inside).clamp(min=0)
+        return resample(windowed, *weights), outside
 
 
 class ResidentPatches(Dataset[Sample]):

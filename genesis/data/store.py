@@ -6,15 +6,10 @@
     store/index.txt          the metadata of all volumes, so that a large store opens at once; made from the files, and
                              made anew when they changed
 
-Files are blosc2 arrays that any blosc2 opens: metadata as JSON under `vlmeta["genesis"]`, CRC-32 of every compressed
-chunk (little-endian uint32) under `vlmeta["crc32"]`, where the body is under `vlmeta["foreground"]` (see `Foreground`),
-a BLAKE2b digest of these under `vlmeta["digest"]`. blosc2 itself does not notice flipped bits: every chunk is checked
-when a process first touches it.
+The first two are files of `checked_array`.
 """
 
 import contextlib
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -25,33 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import blosc2
 import numpy as np
-from isal import isal_zlib  # its CRC-32 is that of zlib, ten times as fast
+from isal import isal_zlib
 
 from ..errors import UserError
 from ..files import check_schema, read_json, sync, write_aside
+from .checked_array import SCHEMA, CheckedArray, open_array, write_array
 
-SCHEMA = 1
 INCOMING = ".incoming"  # in a store into which scans are being read
 SETTLED_NS = 2 * 10**9  # a folder's time of change is no finer than this on some file systems
-CHUNK, BLOCK = 64, 32  # voxels per side; measured: fastest for random reads of 64³ to 128³ at a small size
-# LZ4 leaves the noise of a scan as it is; zstd packs it, and unpacks it at every read. So chunks get LZ4, but zstd
-# where LZ4 finds much to pack: air, padding, smooth scans. There it is smaller by a quarter, with little to unpack.
-# Measured, size against the same z-scored as float32 zstd-8: of a phantom of 320×512×512, and the largest of four body
-# CTs of 2 mm and of three head-neck CTs; the phantom's reads of 128³ against the same, on one thread.
-#   LZ4 alone   0.41  0.49  0.56  6.0 ×
-#   LZ4HC-1     0.40  0.46  0.56  5.9 ×  (three times as long to write)
-#   zstd-1      0.32  0.38  0.41  2.5 ×
-#   these two   0.41  0.45  0.41  6.0 ×
-MUCH = 3  # times smaller
-FILTERS = {"filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-QUICK = {"codec": blosc2.Codec.LZ4, "clevel": 7, **FILTERS}
-SMALL = {"codec": blosc2.Codec.ZSTD, "clevel": 1, **FILTERS}
-
-# Whatever `nthreads` says, blosc2 starts and ends threads for every chunk that it appends to a frame: 2 ms each.
-os.environ.setdefault("BLOSC_NTHREADS", "1")
-
 Box = tuple[slice, slice, slice]
 Range = tuple[int, int]  # first voxel, and the one behind the last
 Modality = Literal["ct", "mr", "xray"]
@@ -101,13 +78,14 @@ class Foreground:
 
         return along(0), along(1), along(2)
 
+    def cells(self, axis: int, side: int) -> np.ndarray:
+        """The cell to which each of a volume's `side` voxels along an axis belongs."""
+        return np.minimum(np.arange(side) // self.steps[axis], self.mask.shape[axis] - 1)
+
     def slabs(self, array: np.ndarray, every: int = 1) -> Iterator[np.ndarray]:
         """The voxels of a volume (x, y, z) that belong to it, of every so many planes of a cell, in small pieces."""
         last = len(self.mask) - 1
-        y, z = (
-            np.minimum(np.arange(side) // step, cells - 1)
-            for side, step, cells in zip(array.shape[1:], self.steps[1:], self.mask.shape[1:], strict=True)
-        )
+        y, z = (self.cells(axis, array.shape[axis]) for axis in (1, 2))
         for row, cells in enumerate(self.mask):
             slab = array[row * self.steps[0] : None if row == last else (row + 1) * self.steps[0] : every]
             yield slab.reshape(len(slab), -1).take(np.flatnonzero(cells.take(y, 0).take(z, 1)), axis=1)
@@ -130,11 +108,11 @@ class Volume:
 
     def __init__(self, file: Path, description: str | None = None) -> None:
         """`description`: its metadata as JSON, where they are known already."""
-        fields = json.loads(_open(file)[1] if description is None else description)
+        fields = json.loads(open_array(file)[1] if description is None else description)
         self.meta = VolumeMeta(**{name: _tuples(value) for name, value in fields.items()})
         self._file = file
-        self._image = _CheckedArray(file)
-        self._labels: _CheckedArray | None = None
+        self._image = CheckedArray(file)
+        self._labels: CheckedArray | None = None
 
     def read(self, box: Box | None = None) -> np.ndarray:
         """Stored integers (C, *box), int16 or uint16, of a box of voxels (default: the whole volume).
@@ -158,7 +136,7 @@ class Volume:
             file = self._file.parents[1] / "labels" / self._file.name
             if not file.is_file():
                 return None
-            self._labels = _CheckedArray(file)
+            self._labels = CheckedArray(file)
         return self._labels[box or (slice(None),) * 3]
 
 
@@ -233,9 +211,9 @@ def write_volume(
     if labels is None:
         label_file.unlink(missing_ok=True)
     else:
-        _write(label_file, labels, {"schema": SCHEMA, "volume": meta.volume}, synced=synced)
+        write_array(label_file, labels, {"schema": SCHEMA, "volume": meta.volume}, synced=synced)
     body = foreground.pack() if foreground else b""
-    _write(folder / "volumes" / f"{meta.volume}.b2nd", array, asdict(meta), body, synced=synced)
+    write_array(folder / "volumes" / f"{meta.volume}.b2nd", array, asdict(meta), body, synced=synced)
 
 
 def move_volume(source: Path, target: Path, volume: str) -> None:
@@ -257,80 +235,6 @@ def remove_volume(folder: Path, volume: str) -> None:
         (folder / kind / f"{volume}.b2nd").unlink(missing_ok=True)
 
 
-class _CheckedArray:
-    """A blosc2 file of which every chunk is checked when this process first touches it."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._array: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_file": self._file, "_array": None}
-
-    def foreground(self) -> bytes:
-        """As `Foreground.pack` has it; empty where there is none."""
-        self._open()
-        return self._foreground
-
-    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
-        self._open()
-        ranges = [range(*part.indices(side)) for part, side in zip(box, self._array.shape, strict=True)]
-        if not all(ranges):
-            return np.zeros([len(r) for r in ranges], self._array.dtype)
-        touched = (
-            range(r.start // step, r[-1] // step + 1) for r, step in zip(ranges, self._array.chunks, strict=True)
-        )
-        grid = [-(-side // step) for side, step in zip(self._array.shape, self._array.chunks, strict=True)]
-        try:
-            for place in itertools.product(*touched):
-                chunk = int(np.ravel_multi_index(place, grid))
-                if not self._checked[chunk]:
-                    if isal_zlib.crc32(self._array.schunk.get_chunk(chunk)) != self._crc32[chunk]:
-                        raise _damaged(self._file)
-                    self._checked[chunk] = True
-            return self._array[box]
-        except (RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # the disk or the network, not the file
-                raise
-            raise _damaged(self._file) from None
-
-    def _open(self) -> None:
-        if self._array is None:
-            self._array, _, self._crc32, self._foreground = _open(self._file)
-            self._checked = np.zeros(len(self._crc32), dtype=bool)
-
-
-def _write(file: Path, array: np.ndarray, meta: dict[str, Any], foreground: bytes = b"", *, synced: bool) -> None:
-    lead = (1,) * (array.ndim - 3)
-    layout = {
-        "shape": array.shape,
-        "dtype": array.dtype,
-        "chunks": lead + tuple(min(CHUNK, side) for side in array.shape[-3:]),
-        "blocks": lead + tuple(min(BLOCK, side) for side in array.shape[-3:]),
-        "cparams": QUICK,
-    }
-    quick = blosc2.empty(**layout)
-    quick[...] = np.ascontiguousarray(array)
-    packed = quick.schunk  # valid as long as `quick` is
-    small = {"typesize": packed.typesize, "blocksize": packed.blocksize, **SMALL}
-    sums = []
-    with write_aside(file, synced=synced) as aside:
-        stored = blosc2.empty(**layout, urlpath=str(aside), mode="w")
-        target = stored.schunk
-        for number in range(packed.nchunks):
-            chunk = packed.get_chunk(number)
-            if len(chunk) * MUCH < packed.chunksize:
-                chunk = blosc2.compress2(blosc2.decompress2(chunk), **small)
-            target.update_chunk(number, chunk)
-            sums.append(isal_zlib.crc32(target.get_chunk(number)))  # one of equal voxels lies otherwise in a file
-        text, crc32 = json.dumps(meta, allow_nan=False), np.array(sums, "<u4").tobytes()
-        target.vlmeta["genesis"] = text
-        target.vlmeta["crc32"] = crc32
-        if foreground:
-            target.vlmeta["foreground"] = foreground
-        target.vlmeta["digest"] = _digest(stored, text, crc32, foreground)
-
-
 def _descriptions(folder: Path) -> dict[str, str]:
     """The metadata of every volume as JSON, by id: from the index if no file came or went since, else from the files.
 
@@ -342,7 +246,7 @@ def _descriptions(folder: Path) -> dict[str, str]:
         head, _, body = index.read_text(encoding="utf-8").partition("\n")
         if head == _index_head(changed, body):
             return {volume: text for volume, _, text in (line.partition("\t") for line in body.splitlines())}
-    described = {file.stem: _open(file)[1] for file in sorted(volumes.glob("*.b2nd"))}
+    described = {file.stem: open_array(file)[1] for file in sorted(volumes.glob("*.b2nd"))}
     if described and time.time_ns() - changed > SETTLED_NS:
         body = "".join(f"{volume}\t{text}\n" for volume, text in described.items())
         with contextlib.suppress(OSError), write_aside(index) as aside:  # the store may be read-only
@@ -352,38 +256,6 @@ def _descriptions(folder: Path) -> dict[str, str]:
 
 def _index_head(changed: int, body: str) -> str:
     return f"{SCHEMA} {changed} {isal_zlib.crc32(body.encode()):08x}"
-
-
-def _open(file: Path) -> tuple[Any, str, np.ndarray, bytes]:
-    """A file's array, metadata as JSON, checksums and packed foreground.
-
-    Raises `UserError` when it is no volume or its metadata are damaged.
-    """
-    try:
-        array = blosc2.open(str(file), mode="r", dparams={"nthreads": 1})
-        vlmeta = array.schunk.vlmeta
-        text, crc32 = vlmeta["genesis"], vlmeta["crc32"]
-        foreground = vlmeta.get("foreground", b"")
-        intact = vlmeta["digest"] == _digest(array, text, crc32, foreground)
-    except Exception:  # blosc2 raises nearly anything for a damaged file
-        intact = False
-    if not intact:
-        raise _damaged(file)
-    check_schema(file, json.loads(text)["schema"], SCHEMA)
-    return array, text, np.frombuffer(crc32, "<u4"), foreground
-
-
-def _digest(array: Any, text: str, crc32: bytes, foreground: bytes) -> bytes:
-    layout = repr((array.shape, array.chunks, array.blocks, str(array.dtype))).encode()
-    parts = (layout, text.encode(), crc32, *([foreground] if foreground else []))
-    return hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
-
-
-def _damaged(file: Path) -> UserError:
-    return UserError(
-        f"Volume {file.stem} is damaged ({file} does not match its checksum); "
-        "delete that file and run python -m genesis.prepare again, which reads the scan anew."
-    )
 
 
 def _tuples(value: Any) -> Any:
