@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_a_wrong_command_line_exits_2(arguments: list[str], capsys: pytest.Captu
 
 
 def test_a_user_error_is_one_sentence_without_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from genesis import export
 
@@ -45,6 +46,6 @@ def test_a_user_error_is_one_sentence_without_traceback(
 
     monkeypatch.setattr(export, "run", fail)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["export"])
+        cli.main(["export", "--workspace", str(tmp_path)])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "genesis export: The run 'x' is missing.\n"
