@@ -30,7 +30,7 @@ from genesis.models import Autoencoder, build_backbone
 from genesis.workspace import Workspace
 
 SHAPE, SPACING = (48, 44, 40), (7.0, 7.0, 8.0)
-AGAIN = 15  # times that latents are made of every volume, so that what is made once weighs little
+AGAIN = 30  # times that latents are made of every volume, so that what is made once weighs little
 LINKS = 20_000  # to one file; file systems allow some tens of thousands
 
 
