@@ -11,7 +11,7 @@ import argparse
 
 import torch
 from measure import row, write
-from steps import fixed_batch, seconds_of, stepper
+from steps import corrupt_for_good, seconds_of, smooth_batch, stepper
 
 from genesis.methods.semantic_genesis import SemanticGenesis
 from genesis.models import build_backbone
@@ -31,7 +31,8 @@ def main() -> None:
     corruption = Corruption()
     method = SemanticGenesis(build_backbone("published_unet", spatial_dims=3), 44, corruption).to(device)
     method.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    batch = fixed_batch(method, options.batch, size, device)
+    batch = smooth_batch(options.batch, size, device)
+    corrupt_for_good(method, batch)
     if cuda:
         method.compile()
 

@@ -5,7 +5,8 @@
 
 `python -m genesis.train` itself runs, on a store of phantoms and patches at random places, and every step is stamped
 when it ends; the first steps, validation and checkpoints do not count, logging does. The rival takes its steps with the
-very network that was trained, laid out and compiled as the trainer left it. The two take turns.
+very network that was trained, laid out and compiled as the trainer left it, on the last batch that it was trained on: a
+card's clock follows its power, which depends on the data. The two take turns.
 """
 
 import argparse
@@ -19,11 +20,12 @@ from typing import ClassVar
 import torch
 from cohort import read, write_discovery, write_scans
 from measure import Row, cores, row, write
-from steps import fixed_batch, matrix_rate, seconds_of, step_flops, stepper
+from steps import corrupt_for_good, matrix_rate, seconds_of, step_flops, stepper
+from torch import Tensor
 
 from genesis.cli import main as genesis
 from genesis.config import Config, load_config
-from genesis.engine.method import Method
+from genesis.engine.method import Batch, Method
 from genesis.methods import METHODS, Facts
 from genesis.methods.semantic_genesis import SemanticGenesis
 from genesis.models import Backbone
@@ -33,10 +35,16 @@ build = METHODS["semantic_genesis"]
 
 
 class Stamped(SemanticGenesis):
-    """Notes when each step ends."""
+    """Notes when each step ends, and the last batch."""
 
     trained: ClassVar["Stamped"]
     ends: list[float | torch.cuda.Event]
+    batch: Batch
+
+    def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.training:
+            self.batch = batch
+        return super()._corrupt(batch)
 
     def after_optimizer_step(self, step: int) -> None:
         if next(self.parameters()).is_cuda:
@@ -90,7 +98,8 @@ def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]
     for turn in range(options.turns):
         method, eager = train(workspace, config, options, turn)
         ours = min(ours, method.seconds(options.warm_up))
-        batch = fixed_batch(method, batch_size, settings.data.patch_size, device)
+        batch = method.batch
+        corrupt_for_good(method, batch)
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             rival = min(rival, seconds_of(stepper(method, batch), options.steps - options.warm_up, device))
     subject = f"training, {settings.network.name}, {'×'.join(map(str, settings.data.patch_size))}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,18 @@ def test_figures_are_fetched_only_to_be_logged(tmp_path: Path, monkeypatch: pyte
     assert 1 <= len(fetched) - fetched.count("item") <= 4  # rows; Adam on the CPU reads its own step number by item
 
 
+def test_a_row_is_read_when_the_device_has_the_next_step(tmp_path: Path) -> None:
+    rows = []
+
+    def count(_: int) -> None:
+        rows.append((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").count("train"))
+
+    train(tmp_path, Regression(forward_hook=count), 2 * LOG_EVERY, validate_every=1000)
+    assert rows[: 2 * LOG_EVERY] == [0] * (LOG_EVERY + 1) + [1] * (LOG_EVERY - 1)
+    steps = [row["step"] for row in read_metrics(tmp_path, "train")]
+    assert steps == [LOG_EVERY, 2 * LOG_EVERY]
+
+
 def test_waiting_for_data_is_measured() -> None:
     def slowly() -> Any:
         for _ in range(3):
@@ -215,7 +228,7 @@ def test_waiting_for_data_is_measured() -> None:
     waiting = DataWait(torch.device("cpu"))
     for _ in waiting.watch(slowly()):
         time.sleep(0.06)
-    seconds, share = waiting.read()
+    seconds, share = waiting.lap()()
     assert seconds >= 0.06
     assert 0.02 < share < 0.9
 
@@ -240,6 +253,18 @@ def test_a_dry_run_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < estimate.peak_bytes < estimate.usable_bytes
     assert 8 < estimate.largest_batch < estimate.usable_bytes / 16
     assert 4 * (15 + 12) * 4 + 3 * 2 * 15 * 4 <= estimate.disk_bytes < 1e6
+
+
+def test_processes_end_a_dry_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose clock is slower goes on for as long as the others do."""
+    others = iter([False, False, True])
+    monkeypatch.setattr(preflight, "SECONDS", inf)
+    monkeypatch.setattr(preflight, "largest", lambda _, mine: mine or next(others))
+    estimate = preflight.measure(
+        Regression(), Points(), validation=None, seed=0, device="cpu", steps=1000, batch_size=8, optimizer=ADAM,
+        settings=StepSettings(), validate_every=100, workers=0,
+    )  # fmt: skip
+    assert estimate.measured == 3 * preflight.FEWEST
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def failures_named() -> Iterator[None]:
 
 
 class DataWait:
-    """How long the device waits for batches; to know it makes the device wait no longer.
+    """How long the device waits for batches; to know it makes neither the device nor the host wait.
 
     The host runs ahead of a CUDA device: while it waits for a batch, the device may still be busy. There the time is
     therefore taken on the device, from the end of a step's work to the arrival of the next batch.
@@ -66,15 +66,12 @@ class DataWait:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._started = 0.0
         self._waits: list[tuple[Any, Any]] = []  # when a batch was asked for, and when it was there
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
         remaining = iter(batches)
         while True:
-            if not self._waits:
-                self._started = time.perf_counter()
             asked = self._now()
             batch = next(remaining, None)
             if batch is None:
@@ -82,16 +79,19 @@ class DataWait:
             self._waits.append((asked, self._now()))
             yield batch
 
-    def read(self) -> tuple[float, float]:
-        """Seconds of a step and the share of them spent waiting, over the steps since the last reading.
+    def lap(self) -> Callable[[], tuple[float, float]]:
+        """Ends a row of steps; gives what reads seconds of one of them and the share of them spent waiting.
 
-        What came between the last reading and the batch after it does not count. On CUDA the device must have finished
-        its work, as it has when a loss was just read from it.
+        The row begins when its first batch is asked for. On CUDA the device must have finished its steps to be read.
         """
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        waited = sum(asked.elapsed_time(there) / 1000 if self._cuda else there - asked for asked, there in self._waits)
-        count, self._waits = len(self._waits), []
-        return seconds / count, min(1.0, waited / seconds)
+        waits, self._waits, end = self._waits, [], self._now()
+
+        def read() -> tuple[float, float]:
+            seconds = max(self._between(waits[0][0], end), 1e-9)
+            waited = sum(self._between(*wait) for wait in waits)
+            return seconds / len(waits), min(1.0, waited / seconds)
+
+        return read
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -99,6 +99,9 @@ class DataWait:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def _between(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last) / 1000 if self._cuda else last - first)
 
 
 def _kill_workers() -> None:

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +118,21 @@ class RunningMean:
         """One number per name."""
         assert self.sum is not None
         return self.sum / self.count
+
+
+def on_the_way(numbers: Tensor) -> Callable[[], list[float]]:
+    """What waits for the numbers to arrive on the host and gives them, while the device goes on with other work."""
+    here = numbers.to("cpu", non_blocking=True)
+    if not numbers.is_cuda:
+        return here.tolist
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return read
 
 
 def _sealed(entries: bytes) -> bytes:

@@ -14,6 +14,7 @@ from .launch import launch
 from .memory import bytes_kept, held_bytes, peak_bytes, usable_bytes
 from .method import Batch, Method
 from .optimizer import OptimizerSettings
+from .ranks import largest
 from .step import StepSettings, TrainingStep
 from .trainer import LOG_EVERY, validate
 
@@ -76,10 +77,10 @@ def measure(
     for batch in waiting.watch(batches):
         take_step(batch, WARM_UP + count)
         count += 1
-        if count >= FEWEST and time.perf_counter() - started >= SECONDS:
+        if count % FEWEST == 0 and largest(fabric, time.perf_counter() - started >= SECONDS):  # all stop together
             break
     _finish(fabric.device)
-    seconds, waited = waiting.read()
+    seconds, waited = waiting.lap()()
     total = steps * seconds
 
     peak, usable = peak_bytes(fabric.device), usable_bytes(fabric.device)

@@ -23,7 +23,7 @@ from .batches import DataWait, failures_named, training_batches, validation_batc
 from .checkpoint import keep_previous, newest_intact, read_checkpoint, write_checkpoint
 from .launch import launch
 from .method import Batch, Method
-from .monitor import Monitor, RunningMean
+from .monitor import Monitor, RunningMean, on_the_way
 from .optimizer import OptimizerSettings
 from .profiling import profiled
 from .ranks import gather, largest
@@ -137,6 +137,7 @@ def fit(
         failures_named(),
     ):
         shown: dict[str, float | str] = {}
+        row: _Row | None = None
         for batch in chain([None] * state.judging, waiting.watch(batches)):  # None: that step was taken, not judged
             if batch is not None:
                 for terms in take_step(batch, state.step):
@@ -145,30 +146,28 @@ def fit(
                 step_is_over()
 
             validating = state.step % validate_every == 0 or state.step == steps
+            stop = largest(fabric, interrupted())
             in_a_row = take_step.skipped[1].item() if batch is None else 0
+            if row is not None:  # while it is read the device has the next step to do
+                figures, in_a_row = row.tell(monitor, shown)
+                row = None
             if batch is not None and (validating or state.step % LOG_EVERY == 0):
-                numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped])).tolist()
-                *means, skipped, in_a_row = numbers
-                figures = dict(zip(state.recent.names, means, strict=True))
-                seconds, waited = waiting.read()
+                numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped]))
+                rate = optim.param_groups[0]["lr"]
+                row = _Row(state.step, batch_size, rate, state.recent.names, on_the_way(numbers), waiting.lap())
                 state.recent = RunningMean()
                 take_step.skipped[0].zero_()
-                monitor.write(state.step, "train", {**figures, "learning_rate": optim.param_groups[0]["lr"]})
-                shown |= {
-                    "patches/s": batch_size / seconds,
-                    "data wait": f"{waited:.0%}",
-                    "loss": figures["loss"],
-                }
-                if skipped:
-                    which = f"{skipped:.0f} steps since the last row were skipped"
-                    monitor.alarm(state.step, "not_finite", f"{which}: their loss or gradient was not finite")
-                if in_a_row >= SKIPPED_IN_A_ROW:
-                    if state.returned or not last.exists():
-                        raise _not_finite(state, batch, train, batch_size, fabric, folder)
-                    state.returned = True
-                    good = _restore(last, take_step).step
-                    take_step.skipped.zero_()
-                    monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
+            if row is not None and (validating or stop):
+                figures, in_a_row = row.tell(monitor, shown)
+                row = None
+            if batch is not None and in_a_row >= SKIPPED_IN_A_ROW:
+                if state.returned or not last.exists():
+                    raise _not_finite(state, batch, train, batch_size, fabric, folder)
+                state.returned = True
+                good = _restore(last, take_step).step
+                take_step.skipped.zero_()
+                state.recent = RunningMean()
+                monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
             if validating:
                 take_step.gather()
                 _check_weights(method, fabric, state.step)
@@ -186,7 +185,7 @@ def fit(
                 best_yet = not state.judging and state.is_best(figures, judged=held_out is not None)
                 if best_yet and fabric.is_global_zero:
                     write_checkpoint(best, {"step": state.step, "metrics": figures, "method": method.state_dict()})
-            stop = largest(fabric, interrupted())
+                stop = largest(fabric, interrupted())
             good = (
                 validating and not state.judging and not in_a_row
             )  # weights that make a step be skipped may be no good
@@ -203,6 +202,30 @@ def fit(
             if state.has_stalled(patience):
                 break
     return state.result()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The figures of the steps since the row before, which may still be on their way from the device."""
+
+    step: int  # the last of them
+    batch_size: int
+    learning_rate: float
+    names: list[str]
+    numbers: Callable[[], list[float]]  # means, steps skipped, those in a row until now
+    lap: Callable[[], tuple[float, float]]  # seconds of a step, and the share of them spent waiting
+
+    def tell(self, monitor: Monitor, shown: dict[str, float | str]) -> tuple[dict[str, float], float]:
+        """The figures, written down and shown by the progress display, and how many steps in a row were skipped."""
+        *means, skipped, in_a_row = self.numbers()
+        figures = dict(zip(self.names, means, strict=True))
+        seconds, waited = self.lap()
+        monitor.write(self.step, "train", {**figures, "learning_rate": self.learning_rate})
+        shown |= {"patches/s": self.batch_size / seconds, "data wait": f"{waited:.0%}", "loss": figures["loss"]}
+        if skipped:
+            which = f"{skipped:.0f} steps since the last row were skipped"
+            monitor.alarm(self.step, "not_finite", f"{which}: their loss or gradient was not finite")
+        return figures, in_a_row
 
 
 class _Interrupted(Exception):
