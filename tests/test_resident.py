@@ -156,7 +156,7 @@ def test_where_volumes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = {"cpu": (800_000, 800_000), "cuda": (600_000, 800_000)}
     monkeypatch.setattr(resident, "_memory", lambda device: memory[device.type])
     cases: list[tuple[torch.device, Literal["auto"] | float, bool, str]] = [
-        (CPU, "auto", False, "stream from the store; data.resident=0.5"),
+        (CPU, "auto", False, "stream from the store: the 3 volumes take 0.000259 GB, cpu has 2.4e-05 GB for them"),
         (CPU, 0.4, True, "on cpu: the 3 volumes take 0.000259 GB of its 0.0008 GB"),
         (CPU, 0.0, False, "data.resident is off"),
         (CUDA, "auto", True, "Patches are cut on cuda"),
@@ -171,6 +171,8 @@ def test_where_volumes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=r"resident=0.3: the 3 volumes .* enough for 2; use data.resident=0.33\."):
             residence(metas, device, 0.3)
 
+    memory["cpu"] = (10_000_000, 10_000_000)
+    assert residence(metas, CPU, "auto")[0]
     memory["cuda"] = (200_000, 800_000)  # someone else has the rest
     assert not residence(metas, CUDA, "auto")[0]
     with pytest.raises(UserError, match=r"enough for 2; use data.resident=auto, which streams them\."):

@@ -105,9 +105,8 @@ def refused(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
             train(workspace, *arguments, tiny=tiny)
         assert stop.value.code == 2
         assert contents(workspace) == before
-        message = capsys.readouterr().err
+        *_, message = capsys.readouterr().err.splitlines()  # after a progress display, if any
         assert message.startswith("genesis train: ")
-        assert message.count("\n") == 1
         return message
 
     return run
@@ -198,9 +197,9 @@ def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) 
 
 def test_resident_volumes_train_as_streamed_ones(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_discovery(workspace / "discovery" / "3d", DATA, shift=-20.0)  # patches that reach out of their volumes
-    train(workspace, "--steps", "4", "--run", "streamed")
+    train(workspace, "--steps", "4", "--run", "streamed", "--set", "data.resident=0")
     assert "Patches stream from the store" in capsys.readouterr().out
-    train(workspace, "--steps", "4", "--run", "kept", "--set", "data.resident=0.5")
+    train(workspace, "--steps", "4", "--run", "kept")
     assert "Patches are cut on cpu: the 7 volumes take 0.000459 GB" in capsys.readouterr().out
     runs = [(workspace / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8") for name in ("streamed", "kept")]
     for streamed, kept in zip(*(run.splitlines() for run in runs), strict=True):

@@ -55,8 +55,10 @@ def _table(curve: Curve) -> Float[Tensor, "b knots"]:
     x, y = (first * basis[0] + second * basis[1] + basis[2]).unbind(1)
     x = x.sort(dim=1).values
     y = torch.where(curve.decreasing.unsqueeze(1), y.flip(1), y)
-    knots = knots.expand(len(x), -1).contiguous()
-    right = torch.searchsorted(x, knots).clamp_(1, POINTS - 1)
+    # The number of points before each knot is counted; to search for it takes nearly twice as long.
+    bins = (x * (KNOTS - 1)).floor_().long().add_(1).clamp_(max=KNOTS)
+    before = torch.zeros(len(x), KNOTS + 1, dtype=torch.int64, device=x.device)
+    right = before.scatter_add_(1, bins, torch.ones_like(bins)).cumsum(1)[:, :KNOTS].clamp_(1, POINTS - 1)
     left = right - 1
     x0, x1, y0, y1 = x.gather(1, left), x.gather(1, right), y.gather(1, left), y.gather(1, right)
     return torch.lerp(y0, y1, ((knots - x0) / (x1 - x0).clamp(min=1e-12)).clamp_(0, 1))

@@ -22,7 +22,8 @@ from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
 from .workers import available_cores, in_processes
 
-AUTO_SHARE = 0.5  # of a GPU's memory; the network and its activations need the rest
+# Of a device's memory. On a GPU the network and its activations need the rest; that of a CPU is shared by processes.
+AUTO_SHARE = {"cpu": 0.03, "cuda": 0.5}
 # Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
 # 2^19 is measured to cut a batch twice as fast as 2^25.
 AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
@@ -35,17 +36,16 @@ READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
 def residence(metas: Sequence[VolumeMeta], device: torch.device, resident: Literal["auto"] | float) -> tuple[bool, str]:
     """Whether these volumes shall stay in the device's memory, and why, as a line to print.
 
-    `resident` is the share of the device's memory that they may take, 0 for none; "auto" keeps them on a GPU of which
-    they take at most half. Raises `UserError` when they need more than the share, or than what is free.
+    `resident` is the share of the device's memory that they may take, 0 for none; "auto" keeps them where they take at
+    most half of a GPU's, or 3 % of a CPU's. Raises `UserError` when they need more than the share, or than what is
+    free.
     """
     if resident == 0:
         return False, "Patches stream from the store (data.resident is off)."
-    if resident == "auto" and device.type == "cpu":
-        return False, "Patches stream from the store; data.resident=0.5 would keep volumes in half of the memory."
     sizes = torch.tensor([meta.shape for meta in metas]).prod(1) * 2
     need = int(sizes.sum())
     free, whole = _memory(device)
-    room = min(free, whole * (AUTO_SHARE if resident == "auto" else resident))
+    room = min(free, whole * (AUTO_SHARE[device.type] if resident == "auto" else resident))
     told = f"{len(metas)} volumes take {_gb(need)}"
     if need <= room:
         return True, f"Patches are cut on {device}: the {told} of its {_gb(whole)} and stay there."

@@ -8,6 +8,7 @@ import torch
 
 from ..data.workers import available_cores
 from ..errors import UserError
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -25,6 +26,8 @@ def launch(device: str) -> "Fabric":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
+    if device == "cpu":
+        keep_freed_memory()
     devices, nodes = _processes()
     try:
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes)

@@ -1,8 +1,10 @@
 """How much memory a step takes, and how large a batch fits."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +15,22 @@ from ..errors import UserError
 # In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "could not create a primitive")
 _NO_SIGN = "could not create a primitive descriptor"  # for a shape that oneDNN does not know
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees, up to 2 GB, for the next one.
+
+    By default it gives it back to the system, which zeroes every page anew: thousands a step. Measured on two cores
+    with the sample's sizes, a step of the network takes three quarters of the time.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the most it takes; larger blocks are given back
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ class OptimizerSettings:
     gamma: float | None = None
     clip_norm: float | None = None
 
-    def build(self, groups: Sequence[dict[str, Any]], *, fused: bool = False) -> Optimizer:
+    def build(self, groups: Sequence[dict[str, Any]], *, fused: bool = True) -> Optimizer:
         """An optimizer for a method's parameter groups; a group may have its own "lr" and "weight_decay".
 
         fused: one kernel for all parameters.

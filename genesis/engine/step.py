@@ -48,7 +48,7 @@ class TrainingStep:
     """A method and its optimizer on a device, which learn from one batch after another.
 
     On CUDA the network's weights, and with them its activations, lie in memory as tensor cores want them (channels
-    last), and the optimizer is one kernel.
+    last).
 
     A step whose loss or gradient is not finite changes nothing. Whether it is, is decided on the device; `skipped`
     counts there, in float32, the steps skipped since somebody set it to 0, and those skipped in a row until now.
@@ -92,7 +92,8 @@ class TrainingStep:
         self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
         self._fabric, self._method, self._settings = fabric, method, settings
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
-        optim = optimizer.build(method.param_groups(), fused=cuda)
+        self._fused = not self._shard or optimizer.name != "sgd"  # whose kernel does not take divided weights
+        optim = optimizer.build(method.param_groups(), fused=self._fused)
         if self._shard:  # what Fabric's wrapper does but for DDP: nothing
             self._model, self.optimizer = method, fabric.setup_optimizers(optim)
         else:
@@ -197,11 +198,9 @@ class TrainingStep:
         if self._fabric.world_size > 1:  # of the gradient all know the same already
             loss = self._fabric.all_reduce(loss.clone(), reduce_op="sum")  # which writes into its argument
         bad = ((loss + norm) * 0).nan_to_num(1.0)  # 0 times what is not finite is NaN
-        if loss.device.type == "cpu":
-            if not bad.item():
-                self.optimizer.step()
-        else:
+        if self._fused:
             self.optimizer.optimizer.found_inf = bad  # what fused optimizers know from GradScaler: 1 makes them skip
+        if self._fused or not bad.item():
             self.optimizer.step()
         self.optimizer.zero_grad()
         self._method.after_optimizer_step(step)
