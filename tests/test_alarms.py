@@ -18,7 +18,7 @@ from test_trainer import SGD, Points, Regression, assert_same_run, train
 from torch import Tensor, nn
 
 from genesis.engine import batches
-from genesis.engine.checkpoint import read_checkpoint
+from genesis.engine.checkpoint import read_checkpoint, write_checkpoint
 from genesis.engine.method import Batch, Output
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
@@ -57,6 +57,20 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert alarms(tmp_path / "two") == []
     assert alarms(tmp_path / "three") == [(3, "not_finite")]
     assert "ALARM at step 3: 1 steps since the last row were skipped" in capsys.readouterr().err
+
+
+def test_it_changes_nothing_after_a_resume_either(tmp_path: Path) -> None:
+    """Of a training whose optimizer was not one kernel, as on a CPU in version 0.1."""
+    last = tmp_path / "checkpoints" / "last.pt"
+    train(tmp_path, Poisoned(lambda call: False), 2, validate_every=2)
+    saved = read_checkpoint(last)
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None
+    write_checkpoint(last, saved)
+    poisoned = Poisoned(lambda call: True)
+    train(tmp_path, poisoned, 4, validate_every=9, resume=True)
+    for name, tensor in saved["method"].items():
+        assert torch.equal(tensor, poisoned.state_dict()[name]), name
 
 
 def test_training_goes_back_once_and_then_stops_with_the_batch(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ class TrainingStep:
         if self._shard:
             copy_weights(self._whole, self._method)
             optimizer = divide_state(optimizer, self.optimizer)
-        self.optimizer.load_state_dict(optimizer)
+        groups = [{**group, "fused": self._fused} for group in optimizer["param_groups"]]  # saved where it may differ
+        self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
         for weight, values in self.optimizer.state.items():  # in memory as the weight lies, which may be otherwise here
             for name, value in values.items():
                 if value.shape == weight.shape:
