@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,10 +164,15 @@ def discovering(folder: Path) -> list[Constant]:
 
 
 def spent(work: Callable[[], object]) -> float:
-    """CPU seconds of this process."""
-    started = time.process_time()
+    """CPU seconds of this process and of those that it started and that have ended."""
+    started = _cpu_seconds()
     work()
-    return time.process_time() - started
+    return _cpu_seconds() - started
+
+
+def _cpu_seconds() -> float:
+    uses = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 if __name__ == "__main__":

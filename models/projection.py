@@ -8,8 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .joint_batch_norm import JointBatchNorm
-
 
 class ProjectionHead(nn.Module):
     """Pooled features (B, in_channels) → unit vectors (B, dim), float32: linear layers with ReLU between them.
@@ -35,7 +33,7 @@ class ProjectionHead(nn.Module):
         for width, following in itertools.pairwise(widths):
             if parts:
                 if norm:
-                    parts.append(nn.LayerNorm(width) if norm == "layer" else JointBatchNorm(width))
+                    parts.append(nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width))
                 parts.append(nn.ReLU())
             parts.append(nn.Linear(width, following))
         self.layers = nn.Sequential(*parts)

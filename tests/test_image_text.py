@@ -245,7 +245,6 @@ def test_from_reports_to_a_package_that_compares_images_and_texts(workspace: Pat
 def test_two_ranks_equal_one_process(workspace: Path) -> None:
     arguments = ["--workspace", str(workspace), "--device", "cpu", "--method", "convirt", "--steps", "3", *SETTINGS]
     arguments += ["--set", "train.optimizer.name=sgd", "--set", "train.optimizer.learning_rate=0.1"]
-    arguments += ["--set", "network.norm=instance"]  # batch norm is of each process's own samples
     cli.main(["train", *arguments, "--run", "one"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

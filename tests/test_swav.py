@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from genesis.data.samplers import NO_TARGET
 from genesis.data.store import MODALITIES
+from genesis.engine.batch_norm import join_batch_norms
 from genesis.engine.method import Batch
 from genesis.losses.clustering import sinkhorn, swapped_prediction_loss
 from genesis.methods.swav import SwAV
 from genesis.models import Backbone, ProjectionHead, Prototypes, build_backbone
-from genesis.models.joint_batch_norm import JointBatchNorm
 from genesis.transforms import IntensityRange, MultiCrop
 
 JITTER = IntensityRange(gamma=0.2, gain=0.1, noise=0.02, blur=0.5)
@@ -191,14 +191,6 @@ def test_a_collapse_is_told() -> None:
     assert any("one line" in one for one in method.collapsed(method.validate(batch)))
 
 
-def test_joint_batch_norm_is_batch_norm_in_one_process() -> None:
-    torch.manual_seed(0)
-    mine, plain = JointBatchNorm(5), torch.nn.BatchNorm1d(5)
-    x = torch.randn(7, 5)
-    assert torch.equal(mine(x), plain(x))
-    assert torch.equal(mine.eval()(x), plain.eval()(x))
-
-
 def in_two_processes(target: Any, folder: Path, *arguments: Any) -> None:
     torch.multiprocessing.spawn(_meet, (folder, target, arguments), nprocs=2)
 
@@ -214,18 +206,21 @@ def _meet(rank: int, folder: Path, target: Any, arguments: tuple[Any, ...]) -> N
 
 
 def norm_of_a_process(rank: int, folder: Path, x: Tensor, weights: Tensor) -> None:
-    norm, mine = JointBatchNorm(5), x.chunk(2)[rank].clone().requires_grad_()
+    norm, mine = torch.nn.BatchNorm3d(5), x.chunk(2)[rank].clone().requires_grad_()
+    join_batch_norms(norm)
     y = norm(mine)
     (y * weights.chunk(2)[rank]).sum().backward()
-    torch.save([y.detach(), mine.grad, norm.state_dict()], folder / f"{rank}.pt")
+    unseen = norm.eval()(x)
+    torch.save([y.detach(), mine.grad, norm.state_dict(), unseen], folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
-def test_joint_batch_norm_over_two_processes_is_that_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spatial", [(), (3, 2, 4)])
+def test_joint_batch_norm_over_two_processes_is_that_of_one(tmp_path: Path, spatial: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    x, weights = torch.randn(2, 8, 5).unbind()
+    x, weights = torch.randn(2, 8, 5, *(spatial or (1, 1, 1))).unbind()
     in_two_processes(norm_of_a_process, tmp_path, x, weights)
-    norm, free = torch.nn.BatchNorm1d(5), x.clone().requires_grad_()
+    norm, free = torch.nn.BatchNorm3d(5), x.clone().requires_grad_()
     y = norm(free)
     (y * weights).sum().backward()
     assert free.grad is not None
@@ -235,3 +230,4 @@ def test_joint_batch_norm_over_two_processes_is_that_of_one(tmp_path: Path) -> N
     for part in parts:
         for name, value in norm.state_dict().items():
             assert torch.allclose(part[2][name], value, atol=1e-6), name
+        assert torch.allclose(part[3], norm.eval()(x), atol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..seeding import key
+from .batch_norm import join_batch_norms
 from .memory import is_out_of_memory, largest_that_fits
 from .method import Batch, Method
 from .optimizer import OptimizerSettings
@@ -50,6 +51,8 @@ class TrainingStep:
     On CUDA the network's weights, and with them its activations, lie in memory as tensor cores want them (channels
     last).
 
+    Batch norm is over the samples of all processes: what several processes learn is what one learns from their batches.
+
     A step whose loss or gradient is not finite changes nothing. Whether it is, is decided on the device; `skipped`
     counts there, in float32, the steps skipped since somebody set it to 0, and those skipped in a row until now.
 
@@ -79,6 +82,8 @@ class TrainingStep:
         cuda = fabric.device.type == "cuda"
         if settings.shard and fabric.world_size == 1:
             fabric.print("train.shard has no effect: there is only one process to divide the weights among.")
+        if fabric.world_size > 1:
+            join_batch_norms(method)
         self._whole, self._shard = method, settings.shard and fabric.world_size > 1
         if self._shard:
             if settings.compile is True:
