@@ -16,6 +16,7 @@ from genesis import cli
 from genesis.config import load_config
 from genesis.data.samplers import NO_TARGET
 from genesis.data.store import Modality, VolumeMeta, write_volume
+from genesis.engine.batch_norm import join_batch_norms
 from genesis.engine.monitor import read_metrics
 from genesis.errors import UserError
 from genesis.files import read_json, write_json
@@ -160,6 +161,7 @@ def steps_of_a_process(rank: int, folder: Path, arrange: str) -> None:
     """Two steps with DDP; rank 1 is given the second half of every batch."""
     torch.manual_seed(0)
     method = tiny(targets=(0, 1, 2), queue=12, queue_start=1)
+    join_batch_norms(method)
     model = torch.nn.parallel.DistributedDataParallel(method)
     _take(method, model, arrange, slice(4 * rank, 4 * rank + 4))
     torch.save(method.state_dict(), folder / f"{rank}.pt")
