@@ -8,7 +8,8 @@ probe: a linear probe and nearest neighbours on frozen features, from so many la
 cases by accuracy and the area under the ROC curve. retrieval: each test item searches among the others; precision@k is
 the share of relevant ones among the k nearest, recall@k the share of all relevant ones that is found there; with the
 weights of convirt or gloria, reports search for images, too, and images for reports. zero_shot, for such weights alone:
-a scan's class is that whose prompts resemble it most; PROMPTS maps each target to a list of texts.
+a scan's class is that whose prompts resemble it most; PROMPTS maps each target to a list of texts. With the weights of
+gloria it also pictures where in a scan the words of a prompt look.
 
 What is asked follows from the labels: with targets (a CSV's column target), which target a scan has; with label maps,
 which organ is at the centre of a patch. The control is an untrained encoder of the same network, drawn anew with every
@@ -156,7 +157,7 @@ def _answers(
     if options.task == "retrieval":
         return [searched(one, encoders, arms, seeds, folder) for one in asked]
     assert pair is not None
-    return [prompted(one, pair, Path(options.prompts), seeds[0]) for one in asked]
+    return [prompted(one, pair, Path(options.prompts), seeds[0], folder) for one in asked]
 
 
 if __name__ == "__main__":

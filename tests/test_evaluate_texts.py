@@ -10,7 +10,7 @@ from blobs import write_store
 from torch import Tensor
 
 from genesis.cli import main
-from genesis.config import ConVIRTConfig, image_text_settings
+from genesis.config import image_text_settings
 from genesis.data.reports import Report, read_reports, write_reports
 from genesis.data.sample_cohort import write_sample_cohort
 from genesis.data.store import VolumeStore
@@ -42,12 +42,14 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_pair(folder: Path) -> Path:
+GLORIA = {"name": "gloria", "attention": "scaled", "regions": 512, "text": SETTINGS["text"]}
+
+
+def write_pair(folder: Path, chosen: dict[str, Any] = SETTINGS) -> Path:
     """A package with a text side; its weights are as they were drawn."""
     torch.manual_seed(0)
     backbone = build_backbone("unet", spatial_dims=3, channels=(4, 8), strides=(2,), num_res_units=0)
-    settings = image_text_settings(SETTINGS)
-    assert isinstance(settings, ConVIRTConfig)
+    settings = image_text_settings(chosen)
     text = own_text_model({str(n): TEXTS for n in range(4)}, length=16, seed=0)
     method = image_text_method(settings, backbone, text, DATA.patch_size)
     write_package(
@@ -56,7 +58,7 @@ def write_pair(folder: Path) -> Path:
         data=DATA,
         trained=("encoder",),
         pretraining=PretrainingCard(
-            method="convirt", steps=1, seed=0, metrics={}, cohort=CohortCard(patients=(), volumes=())
+            method=chosen["name"], steps=1, seed=0, metrics={}, cohort=CohortCard(patients=(), volumes=())
         ),
         text=TextSide(settings.model_dump(mode="json"), method),
     )
@@ -72,6 +74,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {m.volume: Report(f"s{n}", TEXTS[n % 4], "Seen again." * (n % 2)) for n, m in enumerate(store)},
     )
     write_pair(folder / "weights" / "pair")
+    write_pair(folder / "weights" / "gloria", GLORIA)
     (folder / "prompts.yaml").write_text("0: [No ball at all., Empty.]\n1: [A bright ball.]\n", encoding="utf-8")
     return folder
 
@@ -141,17 +144,33 @@ def test_the_class_of_the_most_similar_prompts_wins(workspace: Path, monkeypatch
 def test_retrieval_and_zero_shot_write_answers_without_a_word_of_the_reports(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(workspace, "--task", "retrieval", "--control", "none")
+    evaluate(workspace, "--task", "retrieval", "--weights", "pair", "--control", "none")
     folder = workspace / "evaluations" / "retrieval-pair-on-store"
     answers = json.loads((folder / "results.json").read_text(encoding="utf-8"))["answers"]
     asked = [answer["question"] for answer in answers]
     assert asked[2:4] == ["text to image, its own report", "image to text, its own report"]
     assert all("secretly" not in file.read_text(encoding="utf-8") for file in folder.glob("results.*"))
     assert len(list((folder / "figures").iterdir())) == 4
-    evaluate(workspace, "--task", "zero_shot", "--prompts", str(workspace / "prompts.yaml"))
+    evaluate(workspace, "--task", "zero_shot", "--weights", "pair", "--prompts", str(workspace / "prompts.yaml"))
     text = (workspace / "evaluations" / "zero_shot-pair-on-store" / "results.md").read_text(encoding="utf-8")
     assert "| AUC | AUC/0 | AUC/1 | accuracy |" in text
     assert "secretly" not in capsys.readouterr().out
+
+
+def test_gloria_shows_where_the_words_of_a_prompt_look(workspace: Path) -> None:
+    pair = load_image_text(workspace / "weights" / "gloria")
+    looks = Pair(pair, write_store(workspace / "store", SPLITS)).looks
+    meta = VolumeStore(workspace / "store").select("test")[0]
+    found = looks(meta, "A bright ball, not grey.")
+    assert [look.word for look in found] == ["A", "bright", "ball", "not", "grey"]
+    assert all(look.attention.max() == 1 and look.attention.shape == look.image.shape == (16, 16) for look in found)
+    with pytest.raises(UserError, match="of gloria alone"):
+        load_image_text(workspace / "weights" / "pair").attention(torch.rand(1, 1, 16, 16, 16), "A ball.")
+    prompts = ("--task", "zero_shot", "--weights", "gloria", "--prompts", str(workspace / "prompts.yaml"))
+    evaluate(workspace, *prompts)
+    folder = workspace / "evaluations" / "zero_shot-gloria-on-store"
+    assert (folder / "figures" / "attention.png").is_file()
+    assert "](figures/attention.png)" in (folder / "results.md").read_text(encoding="utf-8")
 
 
 def test_its_encoder_is_shown_whole_bodies(workspace: Path) -> None:
@@ -180,7 +199,7 @@ def test_prompts_that_cannot_be_used(workspace: Path, tmp_path: Path, capsys: py
     assert "expected a mapping" in said("- a\n- b")
     assert "cannot be read" in said("0: [a")
     assert "cannot be read" in said("{0: 1}", "prompts.json")
-    zero_shot = ("--task", "zero_shot")
+    zero_shot = ("--task", "zero_shot", "--weights", "pair")
     assert "needs --prompts" in refused(workspace, capsys, *zero_shot)
     assert "does not exist" in refused(workspace, capsys, *zero_shot, "--prompts", str(tmp_path / "nothing.yaml"))
     assert "belongs to --task zero_shot" in refused(workspace, capsys, "--task", "probe", "--prompts", "x.yaml")

@@ -9,15 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from blobs import write_store as write_blobs
 from reports_cohort import TEXTS, report_batch, save_bert, save_roberta, small_text_model
 from test_train import ARGUMENTS, make_store
 
 from genesis import cli, load_image_text
 from genesis.config import load_config
+from genesis.data.labelled import body_image
 from genesis.data.reports import Report, read_reports, write_reports
-from genesis.data.store import VolumeStore
+from genesis.data.store import VolumeStore, write_volume
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.method import Batch
 from genesis.engine.monitor import read_metrics
@@ -26,6 +29,7 @@ from genesis.files import read_json
 from genesis.methods import image_text_method
 from genesis.methods.image_text import ImageTextMethod
 from genesis.models import build_backbone
+from genesis.seeding import generator
 from genesis.text.encoders import TextModel
 from genesis.text.reports import text_hash
 from genesis.text.studies import StudySamples, studies_of
@@ -126,6 +130,21 @@ def test_a_pretrained_text_model_partly_frozen(save: Callable[[Path], None], fro
     assert bool(learn) == (frozen == 1)
     assert not any("embeddings" in name for name in learn)
     assert not any(f"layer.{frozen - 1}." in name for name in learn)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_left_stays_left(tmp_path: Path, dims: int) -> None:
+    """Reports name sides: whatever is drawn, what is on the patient's right is shown there; so are front and top."""
+    store = write_blobs(tmp_path, ("train",))
+    meta = store.select("train")[0]
+    ramps = np.indices(meta.shape[1:]) / np.reshape(meta.shape[1:], (3, 1, 1, 1))
+    for axis in range(dims):
+        write_volume(tmp_path, (1000 * ramps[axis] - 500).astype(np.int16)[None], meta)
+        changed = VolumeStore(tmp_path)
+        for number in range(30):
+            image = body_image(changed, meta, (16,) * dims, None, (-500.0, 500.0), generator(0, "draw", number))[0]
+            first, last = image.movedim(axis, 0).flatten(1).mean(1)[[4, -5]]
+            assert first + 0.1 < last
 
 
 def test_the_finest_map_with_few_enough_regions() -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from blobs import write_store as write_blobs
 from reports_cohort import TEXTS, report_batch, small_text_model
+from test_finetune import SETTINGS as FINE_TUNING
 from test_semantic_genesis import CLASSES, patches
 from test_train import train, workspace  # noqa: F401  a fixture
 
+from genesis.cli import main
 from genesis.config import ViewMethodConfig, load_config, recipes
 from genesis.data.reports import Report, write_reports
 from genesis.engine.monitor import read_metrics
@@ -16,6 +19,7 @@ from genesis.engine.optimizer import OptimizerSettings
 from genesis.files import read_json
 from genesis.methods import METHODS, Facts
 from genesis.models import build_backbone
+from genesis.weights import read_card
 
 SMALL = {
     (3, "unet"): ["data.patch_size=[24,24,16]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
@@ -29,37 +33,44 @@ OTHER_SIZES = {
     "online_clustering": ["--set", "method.views.local_size=[8,8,8]", "--set", "method.prototypes.per=shared"],
 }
 TRACES = {
-    "autoencoder_2d": [0.30841, 0.13817, 0.07692],
-    "autoencoder_3d": [0.16057, 0.14239, 0.13013],
-    "classification_only_2d": [1.19161, 5.54314, 2.12413],
-    "classification_only_3d": [1.11406, 1.07745, 1.13657],
-    "convirt_2d": [1.38674, 1.38196, 1.39181],
-    "convirt_3d": [1.39674, 1.38717, 1.39112],
-    "gloria_2d": [9.40635, 9.28319, 9.02001],
-    "gloria_3d": [8.5, 8.40947, 8.2019],
-    "inpainting_2d": [0.28624, 0.13699, 0.07853],
-    "inpainting_3d": [0.15969, 0.1438, 0.13063],
-    "models_genesis_2d": [0.31076, 0.21383, 0.19492],
-    "models_genesis_3d": [0.17413, 0.15723, 0.15288],
-    "moco_v2_2d": [6.20698, 7.55672, 6.6878],
-    "moco_v2_3d": [4.82084, 6.13302, 5.30201],
-    "online_clustering_2d": [7.20876, 7.19002, 7.213],
-    "online_clustering_3d": [6.04809, 5.98813, 5.88972],
-    "patch_shuffling_2d": [0.30737, 0.13015, 0.0767],
-    "patch_shuffling_3d": [0.16075, 0.14439, 0.13206],
-    "semantic_genesis_2d": [0.32267, 0.26871, 0.21498],
-    "semantic_genesis_3d": [0.18527, 0.16804, 0.16422],
-    "semantic_genesis_3d_published": [0.19423, 0.1781, 0.14118],
-    "simclr_2d": [1.90669, 1.9619, 1.94942],
-    "simclr_3d": [1.93756, 1.94047, 1.93913],
-    "swav_2d": [7.20688, 7.25431, 7.17133],
-    "swav_3d": [6.04557, 6.01792, 5.93711],
+    "autoencoder_2d": [0.30841, 0.13817, 0.076918, 7.2974, 3.1754, 1.7354],
+    "autoencoder_3d": [0.16057, 0.14239, 0.13013, 1.0532, 0.93221, 0.84144],
+    "classification_only_2d": [1.1916, 5.5431, 2.1241, 14.518, 21.036, 14.905],
+    "classification_only_3d": [1.1141, 1.0774, 1.1366, 0.67621, 0.55532, 0.72526],
+    "convirt_2d": [1.3814, 1.3834, 1.4158, 1.2206, 1.0432, 1.2714],
+    "convirt_3d": [1.4023, 1.3894, 1.3951, 1.1961, 0.74878, 0.86138],
+    "gloria_2d": [9.4473, 9.3128, 9.0185, 41.763, 41.714, 40.174],
+    "gloria_3d": [8.4727, 8.4095, 8.0614, 46.427, 46.062, 44.883],
+    "inpainting_2d": [0.28624, 0.13699, 0.078532, 5.5637, 1.9528, 1.2257],
+    "inpainting_3d": [0.15969, 0.1438, 0.13063, 1.0534, 0.9481, 0.85363],
+    "moco_v2_2d": [6.207, 7.5567, 6.6878, 1.9553, 15.773, 8.5302],
+    "moco_v2_3d": [4.8208, 6.133, 5.302, 0.78826, 16.108, 8.584],
+    "models_genesis_2d": [0.31076, 0.21383, 0.19492, 5.3967, 2.0882, 2.5943],
+    "models_genesis_3d": [0.17413, 0.15723, 0.15288, 1.102, 1.0037, 0.93819],
+    "online_clustering_2d": [7.2088, 7.19, 7.213, 1.7374, 1.0919, 1.155],
+    "online_clustering_3d": [6.0481, 5.9881, 5.8897, 2.2158, 1.6951, 1.2859],
+    "patch_shuffling_2d": [0.30737, 0.13015, 0.076697, 6.7205, 2.1935, 1.3353],
+    "patch_shuffling_3d": [0.16075, 0.14439, 0.13206, 1.0547, 0.952, 0.85938],
+    "semantic_genesis_2d": [0.32267, 0.26871, 0.21498, 5.3984, 2.0938, 2.5978],
+    "semantic_genesis_3d": [0.18527, 0.16804, 0.16422, 1.102, 1.0039, 0.93854],
+    "semantic_genesis_3d_published": [0.19423, 0.1781, 0.14118, 1.0864, 0.63863, 0.46973],
+    "simclr_2d": [1.9067, 1.9619, 1.9494, 1.7733, 0.70603, 0.1021],
+    "simclr_3d": [1.9376, 1.9405, 1.9391, 0.69957, 1.0878, 1.3733],
+    "swav_2d": [7.2069, 7.2543, 7.1713, 1.7233, 1.3093, 0.88193],
+    "swav_3d": [6.0456, 6.0179, 5.9371, 2.1005, 1.6655, 0.97963],
 }
+
+
+def sets(*changes: str) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_recorded_loss_trace(name: str) -> None:
-    """The numerics of a recipe: a change here belongs into the CHANGELOG."""
+    """The numerics of a recipe: a change here belongs into the CHANGELOG.
+
+    Losses of three steps, then the norms of their gradients: those tell where a loss is near that of a guess.
+    """
     config = load_config(name)
     small = SMALL[config.spatial_dims, config.network.name]
     text = small_text_model() if config.method.needs == "reports" else None
@@ -72,7 +83,7 @@ def test_recorded_loss_trace(name: str) -> None:
     optimizer = settings.build(method.param_groups())
     views = config.method.views if isinstance(config.method, ViewMethodConfig) else None
     size = views.region(config.data.patch_size) if views else config.data.patch_size
-    trace = []
+    losses, norms = [], []
     for step in range(3):
         settings.set_rate(optimizer, step, config.train.steps)
         if text is not None:
@@ -82,11 +93,13 @@ def test_recorded_loss_trace(name: str) -> None:
         loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
         assert all(weight.grad is not None for weight in method.parameters() if weight.requires_grad)
+        gradients = [weight.grad for weight in method.parameters() if weight.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
         optimizer.step()
         optimizer.zero_grad()
         method.after_optimizer_step(step)
-        trace.append(loss.item())
-    assert trace == pytest.approx(TRACES[name], rel=2e-2)
+        losses.append(loss.item())
+    assert [*losses, *norms] == pytest.approx(TRACES[name], rel=5e-2)
 
 
 @pytest.mark.parametrize("name", ["models_genesis", "inpainting", "patch_shuffling", "autoencoder"])
@@ -115,6 +128,53 @@ def test_it_trains_from_the_store(workspace: Path, name: str) -> None:  # noqa: 
     assert read_json(folder / "run.json")["status"] == "finished"
     assert read_metrics(folder, "val")[-1]["loss"] >= 0  # of one study alone there is nothing to tell apart
     assert (folder / "figures" / "learning_curves.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_on_slices(tmp_path: Path, name: str) -> None:
+    """By the verbs, as a user would, with discovery where a method needs it."""
+    store = write_blobs(tmp_path / "store", ("train",) * 6 + ("val",) * 2 + ("test",))
+    recipe = load_config(f"{name}_2d")
+    kind = recipe.method.needs
+    if kind == "reports":
+        texts = {meta.volume: Report(meta.volume, text=TEXTS[number % 4]) for number, meta in enumerate(store)}
+        write_reports(tmp_path / "store", texts)
+    where = ("--dim", "2d", "--workspace", str(tmp_path), "--device", "cpu")
+    data, network = ["data.patch_size=[16,16]"], ["network.channels=[4,8]", "network.strides=[2]"]
+    if recipe.network.name == "flexible_unet":  # of which one position of the bottleneck is 32 pixels
+        data, network = ["data.patch_size=[64,64]", "data.spacing_mm=[0.5,0.5]"], []
+    if kind == "pseudo_labels":
+        sizes = ["autoencoder.steps=4", "autoencoder.shape=[16,16]", "autoencoder.channels=[4,8]", "classes=3"]
+        sizes += ["autoencoder.batch_size=4", "neighbours=4", "validation_neighbours=2", "min_tissue=0"]
+        main(["discover", *where, *sets(*data, *(f"discovery.{size}" for size in sizes))])
+        data = []  # they are those of discovery
+    local = ["method.views.local_size=[8,8]"] if name in ("swav", "online_clustering") else []
+    shared = ["method.prototypes.per=shared"] if name == "online_clustering" else []
+    short = ["train.batch_size=4", "train.validate_every=2", "train.validation_samples=4", "train.workers=0"]
+    main(["train", "--method", name, "--steps", "4", *where, *sets(*data, *network, *local, *shared, *short)])
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read_json(run / "run.json")["status"] == "finished"
+    main(["export", "--workspace", str(tmp_path)])
+    assert read_card(tmp_path / "weights" / run.name).pretraining.method == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["models_genesis", "moco_v2", "online_clustering", "gloria"])
+def test_it_is_fine_tuned(tmp_path: Path, name: str) -> None:
+    """Like Semantic Genesis: a segmentation of the volumes of test patients, beside one that began untrained."""
+    store = write_blobs(tmp_path / "store", ("train",) * 6 + ("val",) * 2 + ("test",) * 2)
+    texts = {meta.volume: Report(meta.volume, text=TEXTS[number % 4]) for number, meta in enumerate(store)}
+    write_reports(tmp_path / "store", texts)
+    where = ("--workspace", str(tmp_path), "--device", "cpu")
+    small = ["data.patch_size=[16,16,16]", "network.channels=[4,8]", "network.strides=[2]", "train.batch_size=4"]
+    small += ["train.validate_every=2", "train.validation_samples=4", "train.workers=0"]
+    others = OTHER_SIZES.get(name, [])
+    main(["train", "--dim", "3d", "--method", name, "--steps", "4", *where, *sets(*small), *others])
+    main(["export", *where[:2]])
+    main(["finetune", "--labels", "2", *where, *sets(*FINE_TUNING)])
+    (results,) = tmp_path.rglob("results.json")
+    assert {"pretrained", "scratch"} <= {score["arm"] for score in read_json(results)["scores"]}
 
 
 def test_reports_of_another_language_than_the_text_model(

@@ -1,6 +1,7 @@
 """Reports and text encoders."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ FINDINGS: 1. Nodule of 1.2 cm in the left lung.
 Heart normal
 IMPRESSION:
 Nodule. Follow-up."""
+
+
+@pytest.mark.parametrize("save", [save_bert, save_roberta])
+def test_words_are_named_as_they_stand_in_the_text(tmp_path: Path, save: Callable[[Path], None]) -> None:
+    save(tmp_path)
+    encode = read_text_model(str(tmp_path), None, 24).encode
+    text = "Liver, unenlarged (24 mm)."
+    assert encode.words(text) == ["Liver", "unenlarged", "24", "mm"]
+    assert encode([text])["word"].max() == 3
+    assert encode.words(" . ") == []
 
 
 def test_sections_are_found_by_their_headings() -> None:

@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..data.store import VolumeMeta
+from ..methods.gloria import GLoRIA
 from ..text.studies import Study
+from ..viewing.attention import draw_attention
 from ..viewing.retrieval import Found, draw_found
 from .answers import Answer
 from .arms import PRETRAINED
@@ -21,6 +23,7 @@ from .retrieval import CUTOFFS
 
 PICTURED = 6  # queries
 NEAREST = 5  # of each
+WORDS_PICTURED = 8  # of a prompt
 PROBED = ("linear AUC", "linear accuracy", "k-NN AUC", "k-NN accuracy")
 SEARCHED = ("chance", *(f"{what}@{k}" for what in ("precision", "recall") for k in CUTOFFS))
 
@@ -93,8 +96,11 @@ def searched_by_report(pair: Pair, reports: Reports, seed: int, folder: Path) ->
     return answers
 
 
-def prompted(asked: Asked, pair: Pair, file: Path, seed: int) -> Answer:
-    """Raises `UserError` where the file of prompts is none, or of other targets."""
+def prompted(asked: Asked, pair: Pair, file: Path, seed: int, folder: Path) -> Answer:
+    """With gloria's weights a picture too, of where the words of each target's first prompt look in a case of it.
+
+    Raises `UserError` where the file of prompts is none, or of other targets.
+    """
     question = asked.question
     assert isinstance(question, Targets)
     prompts = read_prompts(file, question.targets)
@@ -103,8 +109,18 @@ def prompted(asked: Asked, pair: Pair, file: Path, seed: int) -> Answer:
         f"No training: a test case has the class whose prompts ({sum(map(len, prompts))} in all) are, in the mean, the "
         "most similar to its image. AUC: the area under the ROC curve, each class against the rest."
     )
+    figures = {}
+    if isinstance(pair.encoders.method, GLoRIA):
+        figures["where the words of a prompt look"] = "figures/attention.png"
+        cases = {target: meta for meta in reversed(question.metas("test")) if (target := meta.target) is not None}
+        rows = [
+            (f"target {name}", pair.looks(cases[target], texts[0])[:WORDS_PICTURED])
+            for name, target, texts in zip(question.names, question.targets, prompts, strict=True)
+            if target in cases
+        ]
+        draw_attention(folder / "figures" / "attention.png", rows, "Where the words of a prompt look in a test case")
     readings = [Reading(PRETRAINED, 0, seed, values)]
-    return _answer(asked, (PRETRAINED,), readings, tuple(values), "labelled cases", note)
+    return _answer(asked, (PRETRAINED,), readings, tuple(values), "labelled cases", note, figures)
 
 
 def _answer(

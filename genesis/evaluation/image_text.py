@@ -18,6 +18,7 @@ from ..methods.supervised import auc_per_class, by_class
 from ..progress import progress
 from ..text.reports import sections, text_hash
 from ..text.studies import Study, studies_of
+from ..viewing.attention import Look
 from ..weights import ImageText
 from .questions import Targets
 from .retrieval import retrieval
@@ -54,6 +55,15 @@ class Pair:
                 rows.append(self.encoders.similarity(torch.stack(images), flat).float().cpu() @ shares)
                 bar.advance(len(images))
         return torch.cat(rows)
+
+    def looks(self, meta: VolumeMeta, text: str) -> list[Look]:
+        """Where in a volume the words of a text look, each in the slice in which it looks most."""
+        data = self.encoders.data
+        image = body_image(self.store, meta, data.patch_size, data.spacing_mm, data.window_hu, None)
+        return [
+            Look(word, *(_slice(volume, attention).numpy() for volume in (image[0], attention)))
+            for word, attention in self.encoders.attention(image[None], text).items()
+        ]
 
 
 def reported(store: VolumeStore) -> list[Study]:
@@ -123,6 +133,11 @@ def read_prompts(path: Path, targets: Sequence[int]) -> list[list[str]]:
         what = "has no prompts" if unlike[0] not in found else "is no target of these scans"
         raise UserError(f"--prompts {path}: {unlike[0]} {what}; the targets are {listed}.")
     return [found[str(target)] for target in targets]
+
+
+def _slice(volume: Float[Tensor, "x y *z"], where: Float[Tensor, "x y *z"]) -> Float[Tensor, "x y"]:
+    """The axial slice in which `where` is largest."""
+    return volume if volume.ndim == 2 else volume[..., int(where.amax((0, 1)).argmax())]
 
 
 def _same(values: Sequence[int]) -> Bool[Tensor, "n n"]:

@@ -125,7 +125,7 @@ class GLoRIA(ImageTextMethod):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """The first words of each text, and where they look: which words they are differs from row to row."""
+        """Where the first words of each text look; which they are is not told, for reports are written nowhere."""
         maps = self.attention(batch["image"], batch)
         columns = {"image": batch["image"]}
         for number in range(min(WORDS_PICTURED, maps.shape[1])):

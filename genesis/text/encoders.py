@@ -48,6 +48,11 @@ class Encoder:
             "word": torch.tensor(words, dtype=torch.int64),
         }
 
+    def words(self, text: str) -> list[str]:
+        """Those that `word` counts, as they stand in the text."""
+        coded = self.tokenizer([text], truncation=True, max_length=self.length)
+        return [text[start:end] for start, end in _spans(coded, 0, text).values()]
+
     def unknown(self, texts: Sequence[str]) -> float:
         """The share of the tokens in words for which the vocabulary has nothing."""
         coded = self(texts)
@@ -186,11 +191,19 @@ def _own_tokenizer(texts: Mapping[str, Iterable[str]], length: int) -> Any:
 
 def _words(coded: Any, number: int, text: str) -> list[int]:
     """Which word each token of the text belongs to, counted without those that are punctuation alone."""
-    indices = coded.word_ids(number)
-    spans = {index: coded.word_to_chars(number, index) for index in dict.fromkeys(indices) if index is not None}
-    words = [index for index, span in spans.items() if any(map(str.isalnum, text[span.start : span.end]))]
-    places = {index: place for place, index in enumerate(words)}
-    return [places.get(index, -1) for index in indices]
+    places = {index: place for place, index in enumerate(_spans(coded, number, text))}
+    return [places.get(index, -1) for index in coded.word_ids(number)]
+
+
+def _spans(coded: Any, number: int, text: str) -> dict[int, tuple[int, int]]:
+    """Where in the text the words stand, by the tokenizer's number of each; not those that are punctuation alone."""
+    indices = (index for index in dict.fromkeys(coded.word_ids(number)) if index is not None)
+    spans = {index: coded.word_to_chars(number, index) for index in indices}
+    return {
+        index: (span.start, span.end)
+        for index, span in spans.items()
+        if any(map(str.isalnum, text[span.start : span.end]))
+    }
 
 
 def _check(network: Any, tokenizer: Any, length: int) -> None:
