@@ -185,6 +185,11 @@ def test_its_encoder_is_shown_whole_bodies(workspace: Path) -> None:
     assert pair.embed_images(image[None]).shape == (1, 16)
 
 
+def test_the_example_prompts_are_for_the_targets_of_the_sample() -> None:
+    prompts = read_prompts(Path(__file__).parent.parent / "examples" / "prompts_sample.yaml", (0, 1))
+    assert [len(texts) for texts in prompts] == [3, 5]
+
+
 def test_prompts_that_cannot_be_used(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(text: str, name: str = "prompts.yaml") -> str:
         (tmp_path / name).write_text(text, encoding="utf-8")

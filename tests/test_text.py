@@ -1,6 +1,9 @@
 """Reports and text encoders."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +29,20 @@ FINDINGS: 1. Nodule of 1.2 cm in the left lung.
 Heart normal
 IMPRESSION:
 Nodule. Follow-up."""
+
+
+def test_a_model_that_was_fetched_before_needs_no_network(tmp_path: Path) -> None:
+    """The hub's cache is as huggingface_hub has it; a proxy that does not answer stands for the network."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    save_bert(tmp_path / "hub" / "models--some--model" / "snapshots" / revision)
+    script = (
+        "from genesis.text.encoders import read_text_model\n"
+        f"print(read_text_model('some/model', {revision!r}, 24).width)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=40)
+    assert done.stdout.strip() == "128", done.stderr
 
 
 @pytest.mark.parametrize("save", [save_bert, save_roberta])

@@ -118,6 +118,8 @@ def kept_text_model(folder: Path, length: int) -> TextModel:
 def read_text_model(name: str, revision: str | None, length: int) -> TextModel:
     """A local folder, or a model of the Hugging Face hub in a pinned revision. No code of theirs is run.
 
+    One that was fetched before is taken from the hub's cache, without asking the network.
+
     Raises `UserError` when it is not there and cannot be fetched, or is no text encoder with a fast tokenizer.
     """
     transformers = _library()
@@ -129,17 +131,25 @@ def read_text_model(name: str, revision: str | None, length: int) -> TextModel:
             f"method.text.model={name} is no folder here; for a model of the hub set method.text.revision too, "
             "a commit, so that it is the same model tomorrow."
         )
-    how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    how |= {} if local else {"revision": revision}
-    try:
+    how: dict[str, Any] = {"trust_remote_code": False, **({} if local else {"revision": revision})}
+
+    def load(**where: bool) -> TextModel:
         with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **how)
-            network = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **how)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **how, **where)
+            network = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **how, **where)
+        return TextModel(network, tokenizer, length=length)
+
+    if not local:
+        with contextlib.suppress(OSError):  # not in the cache
+            return load(local_files_only=True)
+    try:
+        return load(local_files_only=local)
+    except UserError:
+        raise
     except Exception as error:  # of files, network, hub, configuration: the library raises nearly anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         wanted = "a folder with config.json, weights and tokenizer" if local else "fetch it first, or give its folder"
         raise UserError(f"The text model {name} cannot be loaded ({wanted}): {reason}") from None
-    return TextModel(network, tokenizer, length=length)
 
 
 def own_text_model(texts: Mapping[str, Iterable[str]], *, length: int, seed: int) -> TextModel:
