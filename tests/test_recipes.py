@@ -9,7 +9,7 @@ from blobs import write_store as write_blobs
 from reports_cohort import TEXTS, report_batch, small_text_model
 from test_finetune import SETTINGS as FINE_TUNING
 from test_semantic_genesis import CLASSES, patches
-from test_train import train, workspace  # noqa: F401  a fixture
+from test_train import DATA, make_discovery, make_store, train, workspace  # noqa: F401  a fixture
 
 from genesis.cli import main
 from genesis.config import ViewMethodConfig, load_config, recipes
@@ -20,6 +20,7 @@ from genesis.files import read_json
 from genesis.methods import METHODS, Facts
 from genesis.models import build_backbone
 from genesis.weights import read_card
+from genesis.workspace import Workspace
 
 SMALL = {
     (3, "unet"): ["data.patch_size=[24,24,16]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
@@ -29,6 +30,7 @@ SMALL = {
 }
 SIZES = [part for size in ("data.patch_size=[16,16,16]", "data.spacing_mm=median") for part in ("--set", size)]
 OTHER_SIZES = {
+    "patch_shuffling": ["--set", "data.patch_size=[20,20,20]"],
     "swav": ["--set", "method.views.local_size=[8,8,8]"],
     "online_clustering": ["--set", "method.views.local_size=[8,8,8]", "--set", "method.prototypes.per=shared"],
 }
@@ -175,6 +177,24 @@ def test_it_is_fine_tuned(tmp_path: Path, name: str) -> None:
     main(["finetune", "--labels", "2", *where, *sets(*FINE_TUNING)])
     (results,) = tmp_path.rglob("results.json")
     assert {"pretrained", "scratch"} <= {score["arm"] for score in read_json(results)["scores"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["models_genesis", "inpainting", "patch_shuffling", "autoencoder"])
+def test_semantics_is_trained_by_the_verb(tmp_path: Path, name: str) -> None:
+    make_store(tmp_path / "store")
+    Workspace(tmp_path).id_key()
+    make_discovery(tmp_path / "discovery" / "3d", {**DATA, "patch_size": [20, 20, 20]})
+    train(tmp_path, "--method", name, "--steps", "4", *sets("method.semantics=true"))
+    figures = read_metrics(tmp_path / "runs" / f"{name}_3d", "val")[-1]
+    assert {"mse", "accuracy"} <= figures.keys()
+
+
+def test_patches_too_small_to_shuffle(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with pytest.raises(SystemExit) as end:
+        train(workspace, "--method", "patch_shuffling", "--steps", "4", *SIZES)
+    assert end.value.code == 2
+    assert "data.patch_size [16, 16, 16]: nothing would be shuffled" in capsys.readouterr().err
 
 
 def test_reports_of_another_language_than_the_text_model(

@@ -51,10 +51,17 @@ class Facts:
 def _restoration(config: Config, backbone: Backbone, facts: Facts) -> Method:
     settings = config.method
     assert isinstance(settings, RestorationConfig)
+    corruption = Corruption(**settings.corruption.model_dump())
+    shuffles_alone = corruption.shuffle > 0 and not corruption.nonlinear and not corruption.paint
+    if shuffles_alone and max(config.data.patch_size) < 20:
+        raise UserError(
+            f"data.patch_size {list(config.data.patch_size)}: nothing would be shuffled, for windows are at most a "
+            "tenth of a side; use sides of 20 and more."
+        )
     return SemanticGenesis(
         backbone,
         facts.classes,
-        Corruption(**settings.corruption.model_dump()),
+        corruption,
         lambda_rec=settings.lambda_rec,
         lambda_cls=settings.lambda_cls if settings.semantics else 0.0,
         classify=settings.classify,
