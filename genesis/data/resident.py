@@ -25,8 +25,8 @@ from .workers import available_cores, in_processes
 # Of a device's memory. On a GPU the network and its activations need the rest; that of a CPU is shared by processes.
 AUTO_SHARE = {"cpu": 0.03, "cuda": 0.5}
 # Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
-# 2^19 is measured to cut a batch twice as fast as 2^25.
-AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
+# 2^20 is measured to cut a batch of the sample in 3/4 of the time of 2^19, and far faster than 2^25.
+AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 # Stored voxels of which one of a patch may be made when all are looked up for each anew, as on CUDA; to make it axis by
 # axis, which takes some launches more, is faster from about there on.
 MOST_TAPS = 6**3
