@@ -62,7 +62,7 @@ def samples_of(
     chosen = _evenly(len(held_out), config.train.validation_samples) if held_out else []
     used = sorted({str(volume) for patches in (train, held_out) if patches is not None for volume in patches.volumes})
     metas = [run.material.store[volume].meta for volume in used]
-    stay, why = residence(metas, fabric.device, config.data.resident)
+    stay, why = residence(metas, fabric.device, config.data.resident, fabric.world_size)
     fabric.print(why)
     if not stay:
         return train, Subset(held_out, chosen) if held_out else None

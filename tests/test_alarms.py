@@ -44,6 +44,16 @@ def alarms(folder: Path) -> list[tuple[int, str]]:
     return [(row["step"], row["kind"]) for row in read_metrics(folder, "alarm")]
 
 
+def test_the_first_step_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGD's kernel takes new memory for its momentum in the first step: that must not stay what it was."""
+    dirty, method = torch.empty_like, Poisoned(lambda call: call == 1)
+    start = method.linear.weight.detach().clone()
+    monkeypatch.setattr(torch, "empty_like", lambda *x, **how: dirty(*x, **how).fill_(1e6))
+    train(tmp_path, method, 2, validate_every=9)
+    assert alarms(tmp_path) == [(2, "not_finite")]
+    assert 0 < (method.linear.weight - start).abs().max() < 1
+
+
 @pytest.mark.parametrize("optimizer", [SGD, OptimizerSettings("adam", 0.05, clip_norm=1.0)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -86,6 +96,23 @@ def test_training_goes_back_once_and_then_stops_with_the_batch(tmp_path: Path) -
     about = json.loads((lasting / "not_finite.json").read_text(encoding="utf-8"))
     assert about["samples"] == about["keys"] == list(range((about["step"] - 1) * 8, about["step"] * 8))
     assert all(about["finite"])  # the data were not to blame
+
+    early = tmp_path / "early"
+    with pytest.raises(TrainingAlarm, match=r"At step 10 .* there is no checkpoint to go back to"):
+        train(early, Poisoned(lambda call: call <= 10), 100, validate_every=50)
+    assert json.loads((early / "not_finite.json").read_text(encoding="utf-8"))["step"] == 10
+
+
+def test_what_was_logged_is_not_lost_when_the_next_step_fails(tmp_path: Path) -> None:
+    def fail(call: int) -> bool:
+        if call == 11:
+            raise RuntimeError("a fault")
+        return call == 9
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        train(tmp_path, Poisoned(fail), 30, validate_every=50)
+    assert [row["step"] for row in read_metrics(tmp_path, "train")] == [10]
+    assert alarms(tmp_path) == [(10, "not_finite")]
 
     with pytest.raises(UserError, match="no checkpoint to go back to"):
         train(tmp_path / "first", Poisoned(lambda call: True), 100, validate_every=50)

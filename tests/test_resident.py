@@ -173,6 +173,7 @@ def test_where_volumes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
     memory["cpu"] = (10_000_000, 10_000_000)
     assert residence(metas, CPU, "auto")[0]
+    assert not residence(metas, CPU, "auto", processes=2)[0]
     memory["cuda"] = (200_000, 800_000)  # someone else has the rest
     assert not residence(metas, CUDA, "auto")[0]
     with pytest.raises(UserError, match=r"enough for 2; use data.resident=auto, which streams them\."):

@@ -204,7 +204,7 @@ def test_figures_are_fetched_only_to_be_logged(tmp_path: Path, monkeypatch: pyte
     for name in ("item", "tolist", "__float__", "__bool__"):
         counted(name)
     train(tmp_path, Regression(), 3 * LOG_EVERY, optimizer=ADAM, validate_every=1000)
-    assert 1 <= len(fetched) - fetched.count("item") <= 4  # rows; Adam on the CPU reads its own step number by item
+    assert 3 <= len(fetched) <= 5  # three rows; an item is of the loading of data
 
 
 def test_a_row_is_read_when_the_device_has_the_next_step(tmp_path: Path) -> None:

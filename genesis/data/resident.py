@@ -3,7 +3,6 @@
 The patches are those of `patches.cut_padded`: the same places, the same interpolation, up to the order of sums.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,9 +19,9 @@ from .patches import window_line
 from .resample import box_weights, local_range, resample, taps
 from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
-from .workers import available_cores, in_processes
+from .workers import available_cores, host_memory, in_processes
 
-# Of a device's memory. On a GPU the network and its activations need the rest; that of a CPU is shared by processes.
+# Of a device's memory. On a GPU the network and its activations need the rest; what a CPU's has the processes share.
 AUTO_SHARE = {"cpu": 0.03, "cuda": 0.5}
 # Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
 # 2^20 is measured to cut a batch of the sample in 3/4 of the time of 2^19, and far faster than 2^25.
@@ -33,12 +32,14 @@ MOST_TAPS = 6**3
 READ_PER_PROCESS = 2**30  # stored bytes for which another process pays
 
 
-def residence(metas: Sequence[VolumeMeta], device: torch.device, resident: Literal["auto"] | float) -> tuple[bool, str]:
+def residence(
+    metas: Sequence[VolumeMeta], device: torch.device, resident: Literal["auto"] | float, processes: int = 1
+) -> tuple[bool, str]:
     """Whether these volumes shall stay in the device's memory, and why, as a line to print.
 
     `resident` is the share of the device's memory that they may take, 0 for none; "auto" keeps them where they take at
-    most half of a GPU's, or 3 % of a CPU's. Raises `UserError` when they need more than the share, or than what is
-    free.
+    most half of a GPU's, or, in all `processes` of a training together, 3 % of a CPU's. Raises `UserError` when they
+    need more than the share, or than what is free.
     """
     if resident == 0:
         return False, "Patches stream from the store (data.resident is off)."
@@ -46,6 +47,8 @@ def residence(metas: Sequence[VolumeMeta], device: torch.device, resident: Liter
     need = int(sizes.sum())
     free, whole = _memory(device)
     room = min(free, whole * (AUTO_SHARE[device.type] if resident == "auto" else resident))
+    if resident == "auto" and device.type == "cpu":
+        room /= processes
     told = f"{len(metas)} volumes take {_gb(need)}"
     if need <= room:
         return True, f"Patches are cut on {device}: the {told} of its {_gb(whole)} and stay there."
@@ -184,8 +187,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes of a device's memory: free, and all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole, whole
+    return host_memory()
 
 
 def _gb(count: int | float) -> str:

@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,6 +29,22 @@ TASK_SECONDS = 900  # the largest scan takes a minute; a slow network drive some
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory that the machine, or the job of a cluster or container, has left, and has in all."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: as if nothing else ran
+        return whole, whole
+    rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = 1024 * int(rows["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+        whole = min(whole, int(most))
+    return free, whole
 
 
 def in_processes(

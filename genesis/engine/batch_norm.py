@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .gathering import summed
+
 
 class JointBatchNorm(_BatchNorm):
     """Batch norm over the samples of all processes, with the gradient of one process, in any number of dimensions.
@@ -17,15 +19,13 @@ class JointBatchNorm(_BatchNorm):
 
     @torch.compiler.disable
     def _jointly(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce
-
         axes, shape = [0, *range(2, x.ndim)], (-1, *(1,) * (x.ndim - 2))
         with torch.autocast(x.device.type, enabled=False):
             whole = x.float()
             count = x[:, 0].numel() * torch.distributed.get_world_size()
-            mean = all_reduce(whole.sum(dim=axes)) / count
+            mean = summed(whole.sum(dim=axes)) / count
             centred = whole - mean.view(shape)
-            variance = all_reduce(centred.square().sum(dim=axes)) / count
+            variance = summed(centred.square().sum(dim=axes)) / count
             with torch.no_grad():
                 assert self.running_mean is not None
                 assert self.running_var is not None

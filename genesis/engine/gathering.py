@@ -1,4 +1,4 @@
-"""What all processes have, as one tensor, for losses in which samples act on each other."""
+"""What all processes have, as one tensor, for losses and norms in which samples act on each other."""
 
 from typing import Any
 
@@ -19,6 +19,26 @@ def gathered(x: Shaped[Tensor, "n *rest"]) -> tuple[Shaped[Tensor, "m *rest"], i
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x, 0
     return _Gather.apply(x), len(x) * dist.get_rank()
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of the x of all processes, with gradient: each gets the sum of what all ask of it."""
+    total: Tensor = _Sum.apply(x)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()  # autograd may need what it gave
+        dist.all_reduce(total)
+        return total
 
 
 class _Gather(torch.autograd.Function):

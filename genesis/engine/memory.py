@@ -1,15 +1,14 @@
 """How much memory a step takes, and how large a batch fits."""
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..data.workers import host_memory
 from ..errors import UserError
 
 # In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.
@@ -94,18 +93,4 @@ def usable_bytes(device: torch.device) -> int:
     """The most that `peak_bytes` may become: what this process holds now and what is still free beside it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return _free_host_bytes() + peak_bytes(device)
-
-
-def _free_host_bytes() -> int:
-    """Memory that the machine, or the job of a cluster or container, has left."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux: as if nothing else ran
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = 1024 * int(rows["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
-    limit = group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-    return free
+    return host_memory()[0] + peak_bytes(device)

@@ -77,7 +77,7 @@ def measure(
     for batch in waiting.watch(batches):
         take_step(batch, WARM_UP + count)
         count += 1
-        if count % FEWEST == 0 and largest(fabric, time.perf_counter() - started >= SECONDS):  # all stop together
+        if count % FEWEST == 0 and largest(fabric, int(time.perf_counter() - started >= SECONDS)):  # all stop together
             break
     _finish(fabric.device)
     seconds, waited = waiting.lap()()

@@ -105,6 +105,10 @@ class TrainingStep:
             self._model, self.optimizer = fabric.setup(method, optim)
         weights = list(method.parameters())
         self._learned = [weight for weight in weights if weight.requires_grad]
+        if self._fused and optimizer.name == "sgd":
+            # Its kernel takes memory for the momentum in the first step, and leaves it unfilled if that is skipped.
+            for weight in self._learned:
+                self.optimizer.optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         # What changes without the optimizer: batch norm's statistics, queues, a teacher's weights; in place, all of it.
         self._kept = [*method.buffers(), *(local(weight.data) for weight in weights if not weight.requires_grad)]
         self._proven = False  # a step has run

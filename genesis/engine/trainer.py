@@ -128,16 +128,17 @@ def fit(
         held_out = validation_batches(validation, fabric, batch_size=size, workers=workers)
 
     waiting = DataWait(fabric.device)
+    shown: dict[str, float | str] = {}
+    rows: list[_Row] = []  # at most one, which is yet to be told
     with (
         Monitor(folder, state.step, active=fabric.is_global_zero) as monitor,
+        _told_before_the_end(rows, monitor, shown),
         progress(title, steps, "steps", state.step, shown=fabric.is_global_zero) as bar,
         profiled(folder / "trace.json", profile if fabric.is_global_zero else 0, len(to_come)) as step_is_over,
         _interrupt_between_steps() as interrupted,
         _alarm_before_the_end(monitor, state),
         failures_named(),
     ):
-        shown: dict[str, float | str] = {}
-        row: _Row | None = None
         for batch in chain([None] * state.judging, waiting.watch(batches)):  # None: that step was taken, not judged
             if batch is not None:
                 for terms in take_step(batch, state.step):
@@ -148,21 +149,21 @@ def fit(
             validating = state.step % validate_every == 0 or state.step == steps
             stop = largest(fabric, interrupted())
             in_a_row = take_step.skipped[1].item() if batch is None else 0
-            if row is not None:  # while it is read the device has the next step to do
+            if rows:  # while it is read the device has the next step to do
+                row = rows.pop()
                 figures, in_a_row = row.tell(monitor, shown)
-                row = None
             if batch is not None and (validating or state.step % LOG_EVERY == 0):
                 numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped]))
-                rate = optim.param_groups[0]["lr"]
-                row = _Row(state.step, batch_size, rate, state.recent.names, on_the_way(numbers), waiting.lap())
+                rate, lap = optim.param_groups[0]["lr"], waiting.lap()  # which ends before the numbers arrive
+                rows.append(_Row(state.step, batch, batch_size, rate, state.recent.names, on_the_way(numbers), lap))
                 state.recent = RunningMean()
                 take_step.skipped[0].zero_()
-            if row is not None and (validating or stop):
+            if rows and (validating or stop):
+                row = rows.pop()
                 figures, in_a_row = row.tell(monitor, shown)
-                row = None
-            if batch is not None and in_a_row >= SKIPPED_IN_A_ROW:
+            if in_a_row >= SKIPPED_IN_A_ROW:
                 if state.returned or not last.exists():
-                    raise _not_finite(state, batch, train, batch_size, fabric, folder)
+                    raise _not_finite(row, state.returned, train, fabric, folder)
                 state.returned = True
                 good = _restore(last, take_step).step
                 take_step.skipped.zero_()
@@ -209,6 +210,7 @@ class _Row:
     """The figures of the steps since the row before, which may still be on their way from the device."""
 
     step: int  # the last of them
+    batch: Batch  # this process' share of it
     batch_size: int
     learning_rate: float
     names: list[str]
@@ -298,22 +300,20 @@ def _restore(path: Path, take_step: TrainingStep) -> _State:
     return _State(**{n: saved[n] for n in names if n in saved}, recent=RunningMean(**saved["recent"]))
 
 
-def _not_finite(
-    state: _State, batch: Batch, train: Dataset[Batch], batch_size: int, fabric: "Fabric", folder: Path
-) -> TrainingAlarm:
-    """Write down which samples the last batch had."""
-    samples = range((state.step - 1) * batch_size, state.step * batch_size)
-    image = batch["image"].flatten(1)
-    keys, whole = (fabric.all_gather(x).flatten().tolist() for x in (batch["key"], image.isfinite().all(dim=1)))
-    about = {"step": state.step, "samples": list(samples), "keys": keys, "finite": whole}
+def _not_finite(row: _Row, returned: bool, train: Dataset[Batch], fabric: "Fabric", folder: Path) -> TrainingAlarm:
+    """Write down which samples the row's last batch had."""
+    samples = range((row.step - 1) * row.batch_size, row.step * row.batch_size)
+    image = row.batch["image"].flatten(1)
+    keys, whole = (fabric.all_gather(x).flatten().tolist() for x in (row.batch["key"], image.isfinite().all(dim=1)))
+    about = {"step": row.step, "samples": list(samples), "keys": keys, "finite": whole}
     if isinstance(train, HasVolumes):
         about["volumes"] = train.volumes_of(samples)
     if fabric.is_global_zero:
         write_json(folder / "not_finite.json", about)
     return TrainingAlarm(
         "not_finite",
-        f"At step {state.step} the loss or gradient has not been finite for {SKIPPED_IN_A_ROW} steps, "
-        f"{'although training had gone back' if state.returned else 'and there is no checkpoint to go back to'}: "
+        f"At step {row.step} the loss or gradient has not been finite for {SKIPPED_IN_A_ROW} steps, "
+        f"{'although training had gone back' if returned else 'and there is no checkpoint to go back to'}: "
         f"look at the volumes of the batch, which {folder / 'not_finite.json'} names, or lower the learning rate.",
     )
 
@@ -334,6 +334,17 @@ def _check_weights(method: Method, fabric: "Fabric", step: int) -> None:
 def _bit_sum(method: Method) -> int:
     """Of all weights read as whole numbers; any flipped bit changes it."""
     return int(torch.stack([w.detach().view(WHOLE[w.element_size()]).sum() for w in method.parameters()]).sum())
+
+
+@contextmanager
+def _told_before_the_end(rows: list[_Row], monitor: Monitor, shown: dict[str, float | str]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # of the device, say, which may be what failed
+            for row in rows:
+                row.tell(monitor, shown)
+        raise
 
 
 @contextmanager

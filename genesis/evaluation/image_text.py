@@ -62,7 +62,7 @@ class Pair:
         image = body_image(self.store, meta, data.patch_size, data.spacing_mm, data.window_hu, None)
         return [
             Look(word, *(_slice(volume, attention).numpy() for volume in (image[0], attention)))
-            for word, attention in self.encoders.attention(image[None], text).items()
+            for word, attention in self.encoders.attention(image[None], text)
         ]
 
 

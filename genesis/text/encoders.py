@@ -140,7 +140,7 @@ def read_text_model(name: str, revision: str | None, length: int) -> TextModel:
         return TextModel(network, tokenizer, length=length)
 
     if not local:
-        with contextlib.suppress(OSError):  # not in the cache
+        with contextlib.suppress(Exception):  # not, or not all of it, in the cache
             return load(local_files_only=True)
     try:
         return load(local_files_only=local)
@@ -224,6 +224,8 @@ def _check(network: Any, tokenizer: Any, length: int) -> None:
     if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name} must be a fast one (tokenizer.json) with a padding token.")
     there = network.get_input_embeddings().num_embeddings
+    if 2 * len(tokenizer) < there:  # what transformers makes of a folder without the tokenizer's files
+        raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens for {there} embeddings: it is not whole.")
     if len(tokenizer) > there:
         raise UserError(
             f"The vocabulary of {name} does not fit: its tokenizer has {len(tokenizer)} tokens, its network {there}."

@@ -69,15 +69,15 @@ class ImageText:
         return self.method.similarity(self._images(images), self._texts(texts))
 
     @torch.inference_mode()
-    def attention(self, image: Float[Tensor, "1 c *spatial"], text: str) -> dict[str, Float[Tensor, "*spatial"]]:
-        """Where in an image each word of a text looks, in [0, 1]; of GLoRIA alone, others raise `UserError`."""
+    def attention(self, image: Float[Tensor, "1 c *spatial"], text: str) -> list[tuple[str, Float[Tensor, "*spatial"]]]:
+        """The words of a text, and where in an image each looks, in [0, 1]; of GLoRIA alone, else `UserError`."""
         from ..methods.gloria import GLoRIA
 
         if not isinstance(self.method, GLoRIA):
             raise UserError("Where words look is known of gloria alone.")
         coded = {name: rows.to(self.device) for name, rows in self.method.text.encode([text]).items()}
         maps = self.method.attention(image.to(self.device), coded)[0].float().cpu()
-        return dict(zip(self.method.text.encode.words(text), maps, strict=False))
+        return list(zip(self.method.text.encode.words(text), maps, strict=False))
 
     @torch.inference_mode()
     def _images(self, images: Tensor) -> "Images":
