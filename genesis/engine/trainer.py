@@ -165,10 +165,10 @@ def fit(
                 if state.returned or not last.exists():
                     raise _not_finite(row, state.returned, train, fabric, folder)
                 state.returned = True
-                good = _restore(last, take_step).step
+                restored = _restore(last, take_step).step
                 take_step.skipped.zero_()
                 state.recent = RunningMean()
-                monitor.alarm(state.step, "returned", f"training goes on with the weights of step {good}")
+                monitor.alarm(state.step, "returned", f"training goes on with the weights of step {restored}")
             if validating:
                 take_step.gather()
                 _check_weights(method, fabric, state.step)
@@ -187,9 +187,8 @@ def fit(
                 if best_yet and fabric.is_global_zero:
                     write_checkpoint(best, {"step": state.step, "metrics": figures, "method": method.state_dict()})
                 stop = largest(fabric, interrupted())
-            good = (
-                validating and not state.judging and not in_a_row
-            )  # weights that make a step be skipped may be no good
+            # Weights that make a step be skipped may be no good.
+            good = validating and not state.judging and not in_a_row
             state.returned = state.returned and not good
             if good or stop:
                 tensors = take_step.state_dict()
