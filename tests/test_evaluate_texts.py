@@ -230,7 +230,7 @@ def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path
     categories that a phantom shows as a whole: three of contrast agent, three of build.
     """
     workspace, folder = Workspace(tmp_path), ("--workspace", str(tmp_path))
-    data = write_sample_cohort(workspace.sample, patients=192)
+    data = write_sample_cohort(workspace.sample, patients=320)
     prepare(data, workspace.store, workspace, modality="ct", sample=True)
     settings = ("data.patch_size=[24,24,24]", "data.window_hu=[-200,300]", "train.batch_size=16", "train.steps=450")
     changes = [part for setting in (*settings, "train.patience=100") for part in ("--set", setting)]
@@ -250,4 +250,4 @@ def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path
     queries = [[f"CT, {words}." for words in one] for one in wordings]
     similarity = Pair(load_image_text(workspace.weights / "convirt_3d"), store).similarity(metas, queries, "asking")
     found = retrieval(similarity.T, relevant.T)
-    assert found["precision@5"] > 1.25 * found["chance"]
+    assert found["precision@5"] > 1.5 * found["chance"]  # 0.63 to 0.70 over seeds and numbers of threads; chance 0.33
