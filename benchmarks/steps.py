@@ -4,36 +4,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genesis.engine.method import Batch
 from genesis.methods.semantic_genesis import SemanticGenesis
-from genesis.transforms import BatchGenerator, Corruption
-
-
-class Done(nn.Module):
-    """A corruption that has been made once and for all."""
-
-    def __init__(self, images: Tensor, keys: Tensor) -> None:
-        super().__init__()
-        self.corrupted, self.target = Corruption()(images, BatchGenerator(keys))
-
-    def forward(self, images: Tensor, generator: BatchGenerator) -> tuple[Tensor, Tensor]:
-        return self.corrupted, self.target
-
-
-def smooth_batch(size: int, patch_size: tuple[int, ...], device: torch.device) -> Batch:
-    """Images in [0, 1] that vary slowly."""
-    noise = torch.rand(size, 1, *patch_size, generator=torch.Generator().manual_seed(0))
-    images = nn.functional.avg_pool3d(noise, 5, stride=1, padding=2).to(device)
-    zeros = torch.zeros(size, dtype=torch.int64, device=device)
-    return {"image": images, "label": zeros, "key": torch.arange(size, device=device)}
-
-
-def corrupt_for_good(method: SemanticGenesis, batch: Batch) -> None:
-    """From now on the method learns from this batch alone, and its corruption is done."""
-    method.corruption = Done(batch["image"], batch["key"])  # type: ignore[assignment]
 
 
 def stepper(method: SemanticGenesis, batch: Batch) -> Callable[[], None]:

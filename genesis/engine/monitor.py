@@ -6,7 +6,8 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_aside
+from .method import Batch
 
 
 class Monitor:
@@ -133,6 +135,43 @@ def on_the_way(numbers: Tensor) -> Callable[[], list[float]]:
         return here.tolist()
 
     return read
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of the steps since the row before, which may still be on their way from the device."""
+
+    step: int  # the last of them
+    batch: Batch  # this process' share of it
+    batch_size: int
+    learning_rate: float
+    names: list[str]
+    numbers: Callable[[], list[float]]  # means, steps skipped, those in a row until now
+    lap: Callable[[], tuple[float, float]]  # seconds of a step, and the share of them spent waiting
+
+    def tell(self, monitor: Monitor, shown: dict[str, float | str]) -> tuple[dict[str, float], float]:
+        """The figures, written down and shown by the progress display, and how many steps in a row were skipped."""
+        *means, skipped, in_a_row = self.numbers()
+        figures = dict(zip(self.names, means, strict=True))
+        seconds, waited = self.lap()
+        monitor.write(self.step, "train", {**figures, "learning_rate": self.learning_rate})
+        shown |= {"patches/s": self.batch_size / seconds, "data wait": f"{waited:.0%}", "loss": figures["loss"]}
+        if skipped:
+            which = f"{skipped:.0f} steps since the last row were skipped"
+            monitor.alarm(self.step, "not_finite", f"{which}: their loss or gradient was not finite")
+        return figures, in_a_row
+
+
+@contextmanager
+def told_before_the_end(rows: list[Row], monitor: Monitor, shown: dict[str, float | str]) -> Iterator[None]:
+    """Tell what is yet to be told when something fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # of the device, say, which may be what failed
+            for row in rows:
+                row.tell(monitor, shown)
+        raise
 
 
 def _sealed(entries: bytes) -> bytes:

@@ -1,39 +1,35 @@
 """The training loop: one for pretraining, for discovery's autoencoder and for fine-tuning."""
 
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from math import inf, isfinite
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import TrainingAlarm
-from ..files import write_json
 from ..progress import progress
 from ..seeding import key
+from .alarms import SKIPPED_IN_A_ROW, alarm_before_the_end, check_weights, not_finite
 from .batches import DataWait, failures_named, training_batches, validation_batches
 from .checkpoint import keep_previous, newest_intact, read_checkpoint, write_checkpoint
+from .interruption import interrupt_between_steps
 from .launch import launch
 from .method import Batch, Method
-from .monitor import Monitor, RunningMean, on_the_way
+from .monitor import Monitor, Row, RunningMean, on_the_way, told_before_the_end
 from .optimizer import OptimizerSettings
 from .profiling import profiled
-from .ranks import gather, largest
-from .step import WHOLE, StepSettings, TrainingStep
+from .ranks import largest
+from .step import StepSettings, TrainingStep
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 LOG_EVERY = 10  # steps
-SKIPPED_IN_A_ROW = 10  # steps, after which the weights are to blame, not the batch
 COLLAPSED_AFTER = 3  # validations in a row that show nothing learned
 
 
@@ -129,14 +125,14 @@ def fit(
 
     waiting = DataWait(fabric.device)
     shown: dict[str, float | str] = {}
-    rows: list[_Row] = []  # at most one, which is yet to be told
+    rows: list[Row] = []  # at most one, which is yet to be told
     with (
         Monitor(folder, state.step, active=fabric.is_global_zero) as monitor,
-        _told_before_the_end(rows, monitor, shown),
+        told_before_the_end(rows, monitor, shown),
         progress(title, steps, "steps", state.step, shown=fabric.is_global_zero) as bar,
         profiled(folder / "trace.json", profile if fabric.is_global_zero else 0, len(to_come)) as step_is_over,
-        _interrupt_between_steps() as interrupted,
-        _alarm_before_the_end(monitor, state),
+        interrupt_between_steps() as interrupted,
+        alarm_before_the_end(monitor, lambda: state.step),
         failures_named(),
     ):
         for batch in chain([None] * state.judging, waiting.watch(batches)):  # None: that step was taken, not judged
@@ -155,7 +151,7 @@ def fit(
             if batch is not None and (validating or state.step % LOG_EVERY == 0):
                 numbers = fabric.all_reduce(torch.cat([state.recent.mean(), take_step.skipped]))
                 rate, lap = optim.param_groups[0]["lr"], waiting.lap()  # which ends before the numbers arrive
-                rows.append(_Row(state.step, batch, batch_size, rate, state.recent.names, on_the_way(numbers), lap))
+                rows.append(Row(state.step, batch, batch_size, rate, state.recent.names, on_the_way(numbers), lap))
                 state.recent = RunningMean()
                 take_step.skipped[0].zero_()
             if rows and (validating or stop):
@@ -163,7 +159,7 @@ def fit(
                 figures, in_a_row = row.tell(monitor, shown)
             if in_a_row >= SKIPPED_IN_A_ROW:
                 if state.returned or not last.exists():
-                    raise _not_finite(row, state.returned, train, fabric, folder)
+                    raise not_finite(row, state.returned, train, fabric, folder)
                 state.returned = True
                 restored = _restore(last, take_step).step
                 take_step.skipped.zero_()
@@ -171,7 +167,7 @@ def fit(
                 monitor.alarm(state.step, "returned", f"training goes on with the weights of step {restored}")
             if validating:
                 take_step.gather()
-                _check_weights(method, fabric, state.step)
+                check_weights(method, fabric, state.step)
                 if held_out is not None:
                     with take_step.autocast():
                         figures = validate(method, held_out, fabric, seed, interrupted)
@@ -204,31 +200,6 @@ def fit(
     return state.result()
 
 
-@dataclass(frozen=True)
-class _Row:
-    """The figures of the steps since the row before, which may still be on their way from the device."""
-
-    step: int  # the last of them
-    batch: Batch  # this process' share of it
-    batch_size: int
-    learning_rate: float
-    names: list[str]
-    numbers: Callable[[], list[float]]  # means, steps skipped, those in a row until now
-    lap: Callable[[], tuple[float, float]]  # seconds of a step, and the share of them spent waiting
-
-    def tell(self, monitor: Monitor, shown: dict[str, float | str]) -> tuple[dict[str, float], float]:
-        """The figures, written down and shown by the progress display, and how many steps in a row were skipped."""
-        *means, skipped, in_a_row = self.numbers()
-        figures = dict(zip(self.names, means, strict=True))
-        seconds, waited = self.lap()
-        monitor.write(self.step, "train", {**figures, "learning_rate": self.learning_rate})
-        shown |= {"patches/s": self.batch_size / seconds, "data wait": f"{waited:.0%}", "loss": figures["loss"]}
-        if skipped:
-            which = f"{skipped:.0f} steps since the last row were skipped"
-            monitor.alarm(self.step, "not_finite", f"{which}: their loss or gradient was not finite")
-        return figures, in_a_row
-
-
 class _Interrupted(Exception):
     """A signal came during a validation."""
 
@@ -253,13 +224,6 @@ def validate(
             figures = method.validate(on_device())
         method.train()
     return fabric.broadcast(figures)
-
-
-@runtime_checkable
-class HasVolumes(Protocol):
-    """A dataset that knows from which volumes its samples are."""
-
-    def volumes_of(self, indices: Sequence[int]) -> list[str]: ...
 
 
 @dataclass
@@ -297,83 +261,3 @@ def _restore(path: Path, take_step: TrainingStep) -> _State:
     take_step.load_state_dict(saved)
     names = ("step", "best_step", "best_loss", "metrics", "fruitless", "collapsed", "returned", "judging")
     return _State(**{n: saved[n] for n in names if n in saved}, recent=RunningMean(**saved["recent"]))
-
-
-def _not_finite(row: _Row, returned: bool, train: Dataset[Batch], fabric: "Fabric", folder: Path) -> TrainingAlarm:
-    """Write down which samples the row's last batch had."""
-    samples = range((row.step - 1) * row.batch_size, row.step * row.batch_size)
-    image = row.batch["image"].flatten(1)
-    keys, whole = (fabric.all_gather(x).flatten().tolist() for x in (row.batch["key"], image.isfinite().all(dim=1)))
-    about = {"step": row.step, "samples": list(samples), "keys": keys, "finite": whole}
-    if isinstance(train, HasVolumes):
-        about["volumes"] = train.volumes_of(samples)
-    if fabric.is_global_zero:
-        write_json(folder / "not_finite.json", about)
-    return TrainingAlarm(
-        "not_finite",
-        f"At step {row.step} the loss or gradient has not been finite for {SKIPPED_IN_A_ROW} steps, "
-        f"{'although training had gone back' if returned else 'and there is no checkpoint to go back to'}: "
-        f"look at the volumes of the batch, which {folder / 'not_finite.json'} names, or lower the learning rate.",
-    )
-
-
-def _check_weights(method: Method, fabric: "Fabric", step: int) -> None:
-    """Raise `TrainingAlarm` unless all processes have the same weights, to the bit."""
-    if fabric.world_size == 1:
-        return
-    sums = gather(fabric, lambda: _bit_sum(method))
-    if wrong := [rank for rank, value in enumerate(sums) if value != sums[0]]:
-        raise TrainingAlarm(
-            "diverging_rank",
-            f"At step {step} the weights of process {wrong[0]} differ from those of process 0, for a faulty device or "
-            "memory perhaps; go on from the last checkpoint, elsewhere if this comes again.",
-        )
-
-
-def _bit_sum(method: Method) -> int:
-    """Of all weights read as whole numbers; any flipped bit changes it."""
-    return int(torch.stack([w.detach().view(WHOLE[w.element_size()]).sum() for w in method.parameters()]).sum())
-
-
-@contextmanager
-def _told_before_the_end(rows: list[_Row], monitor: Monitor, shown: dict[str, float | str]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # of the device, say, which may be what failed
-            for row in rows:
-                row.tell(monitor, shown)
-        raise
-
-
-@contextmanager
-def _alarm_before_the_end(monitor: Monitor, state: _State) -> Iterator[None]:
-    try:
-        yield
-    except TrainingAlarm as alarm:
-        monitor.alarm(state.step, alarm.kind, str(alarm))
-        raise
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], int]]:
-    """Yield a function that tells which signal, SIGINT or SIGTERM, came, 0 for none; a second one acts at once."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield lambda: 0
-        return
-    came = 0
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = number
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: came
-    finally:
-        restore()
