@@ -12,7 +12,7 @@ import argparse
 import torch
 from measure import row, write
 from steps import seconds_of, stepper
-from torch import Tensor, nn
+from torch import nn
 
 from genesis.engine.method import Batch
 from genesis.methods.semantic_genesis import SemanticGenesis
@@ -21,28 +21,12 @@ from genesis.transforms import BatchGenerator, BezierNonlinearity, Corruption, F
 from genesis.transforms.fused import kernels
 
 
-class Done(nn.Module):
-    """A corruption that has been made once and for all."""
-
-    def __init__(self, images: Tensor, keys: Tensor) -> None:
-        super().__init__()
-        self.corrupted, self.target = Corruption()(images, BatchGenerator(keys))
-
-    def forward(self, images: Tensor, generator: BatchGenerator) -> tuple[Tensor, Tensor]:
-        return self.corrupted, self.target
-
-
 def smooth_batch(size: int, patch_size: tuple[int, ...], device: torch.device) -> Batch:
     """Images in [0, 1] that vary slowly."""
     noise = torch.rand(size, 1, *patch_size, generator=torch.Generator().manual_seed(0))
     images = nn.functional.avg_pool3d(noise, 5, stride=1, padding=2).to(device)
     zeros = torch.zeros(size, dtype=torch.int64, device=device)
     return {"image": images, "label": zeros, "key": torch.arange(size, device=device)}
-
-
-def corrupt_for_good(method: SemanticGenesis, batch: Batch) -> None:
-    """From now on the method learns from this batch alone, and its corruption is done."""
-    method.corruption = Done(batch["image"], batch["key"])  # type: ignore[assignment]  # a stand-in
 
 
 def main() -> None:
@@ -58,14 +42,13 @@ def main() -> None:
     method = SemanticGenesis(build_backbone("published_unet", spatial_dims=3), 44, corruption).to(device)
     method.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     batch = smooth_batch(options.batch, size, device)
-    corrupt_for_good(method, batch)
     if cuda:
         method.compile()
 
     def corrupt() -> None:
         corruption(batch["image"], BatchGenerator(batch["key"]))
 
-    step = stepper(method, batch)
+    step = stepper(method, method.prepare(batch))
     how = "compiled" if cuda else "not compiled"
     try:
         step()

@@ -1,4 +1,4 @@
-"""Training steps on one fixed batch that is corrupted already: what data, corruption and logging cannot slow down."""
+"""Training steps on one fixed batch that is prepared already: what data, corruption and logging cannot slow down."""
 
 import time
 from collections.abc import Callable

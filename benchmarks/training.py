@@ -5,8 +5,8 @@
 
 `python -m genesis.train` itself runs, on a store of phantoms and patches at random places, and every step is stamped
 when it ends; the first steps, validation and checkpoints do not count, logging does. The rival takes its steps with the
-very network that was trained, laid out and compiled as the trainer left it, on the last batch that it was trained on: a
-card's clock follows its power, which depends on the data. The two take turns.
+very network that was trained, laid out and compiled as the trainer left it, on a batch that it was trained on: a card's
+clock follows its power, which depends on the data. The two take turns.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import torch
 from cohort import read, write_discovery, write_scans
 from measure import Row, cores, row, write
 from steps import matrix_rate, seconds_of, step_flops, stepper
-from torch import Tensor
 
 from genesis.cli import main as genesis
 from genesis.config import Config, load_config
@@ -35,20 +34,17 @@ build = METHODS["semantic_genesis"]
 
 
 class Stamped(SemanticGenesis):
-    """Notes when each step ends, and the last batch; can be told to corrupt nothing but return what is `done`."""
+    """Notes when each step ends, and the samples that were prepared last."""
 
     trained: ClassVar["Stamped"]
     ends: list[float | torch.cuda.Event]
-    batch: Batch
-    done: tuple[Tensor, Tensor] | None
+    samples: Batch
 
-    @torch.compiler.disable  # as what it replaces: so the rival's graph is the trained one's
-    def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.done is not None:
-            return self.done
+    def prepare(self, batch: Batch) -> Batch:
+        prepared = super().prepare(batch)
         if self.training:
-            self.batch = batch
-        return super()._corrupt(batch)
+            self.samples = prepared
+        return prepared
 
     def after_optimizer_step(self, step: int) -> None:
         if next(self.parameters()).is_cuda:
@@ -72,7 +68,7 @@ class Stamped(SemanticGenesis):
 def stamped(config: Config, backbone: Backbone, facts: Facts) -> Method:
     method = build(config, backbone, facts)
     method.__class__ = Stamped
-    method.ends, method.done = [], None
+    method.ends = []
     Stamped.trained = method
     return method
 
@@ -102,8 +98,7 @@ def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]
     for turn in range(options.turns):
         method, eager = train(workspace, config, options, turn)
         ours = min(ours, method.seconds(options.warm_up))
-        batch = method.batch
-        method.done = method._corrupt(batch)
+        batch = {name: samples[:batch_size] for name, samples in method.samples.items()}
         with torch.compiler.set_stance("force_eager" if eager else "default"):
             rival = min(rival, seconds_of(stepper(method, batch), options.steps - options.warm_up, device))
     subject = f"training, {settings.network.name}, {'×'.join(map(str, settings.data.patch_size))}"

@@ -226,7 +226,8 @@ def _draw(this: Run, method: Method, samples: Patches, device: torch.device) -> 
     count = len(samples) if isinstance(samples, Subset | StudySamples) else PICTURED
     rows = np.linspace(0, count - 1, min(PICTURED, count)).round().astype(int).tolist()
     batch = default_collate([samples[row] for row in rows])
-    for name, columns in method.pictures({name: tensor.to(device) for name, tensor in batch.items()}).items():
+    samples_shown = method.prepare({name: tensor.to(device) for name, tensor in batch.items()})
+    for name, columns in method.pictures(samples_shown).items():
         picture(figures / f"{name}.png", columns, aspect=spacing_mm[1] / spacing_mm[0] if spacing_mm else 1.0)
 
 

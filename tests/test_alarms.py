@@ -197,7 +197,7 @@ def test_what_counts_as_collapse() -> None:
 
 class Stuck(Points):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index >= 32:
+        if index >= 64:
             time.sleep(600)
         return super().__getitem__(index)
 
@@ -210,7 +210,7 @@ def test_stuck_data_loading_ends_with_one_sentence(tmp_path: Path, monkeypatch: 
         train(tmp_path, Regression(), 10, workers=1)
     assert time.monotonic() - started < 60
     (row,) = read_metrics(tmp_path, "alarm")
-    assert (row["step"], row["kind"]) == (4, "stalled_data")
+    assert (row["step"], row["kind"]) == (8, "stalled_data")
 
 
 def test_a_damaged_last_checkpoint_is_put_aside_for_the_previous(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def tiny(name: str, dims: int = 3, **settings: Any) -> Any:
 
 def gradients(method: ContrastiveMethod, batch: Batch) -> tuple[float, dict[str, Tensor]]:
     method.zero_grad()
-    loss = method(batch).losses["contrast"]
+    loss = method(method.prepare(batch)).losses["contrast"]
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -75,8 +75,9 @@ def test_gradients_reach_the_encoder_and_the_head_alone(name: str, dims: int) ->
 
 @both
 def test_the_loss_is_that_of_the_views(name: str) -> None:
-    method, batch = tiny(name), regions(4)
-    first, second = method.cut(batch)
+    method = tiny(name)
+    batch = method.prepare(regions(4))
+    first, second = batch["views"].unbind(1)
     with torch.no_grad():
         embedded, features = method.embed(batch)
         bottleneck = method.backbone.encode(first)[-1]
@@ -114,7 +115,7 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, parts: int) -> None:
 
 
 def test_parts_bound_what_is_kept_for_the_backward_pass() -> None:
-    batch = regions(8)
+    batch = tiny("simclr").prepare(regions(8))
     kept = {parts: bytes_kept(lambda parts=parts: tiny("simclr", parts=parts)(batch)) for parts in (1, 4)}  # type: ignore[misc]
     batch_itself = sum(values.nbytes for values in batch.values())
     assert kept[4] - batch_itself < kept[1] / 10
@@ -122,7 +123,7 @@ def test_parts_bound_what_is_kept_for_the_backward_pass() -> None:
 
 def test_negatives_are_the_whole_batch() -> None:
     method = tiny("simclr", parts=4)
-    embedded = method._in_parts(regions(8))[0]
+    embedded = method._in_parts(method.prepare(regions(8)))[0]
     assert method.compare(embedded).logits.shape == (16, 16)
 
 
@@ -131,7 +132,7 @@ def test_negatives_are_the_whole_batch() -> None:
 
 def step(method: MoCoV2, batch: Batch, number: int = 0) -> Tensor:
     """One training step without an optimizer; the keys."""
-    method(batch)
+    method(method.prepare(batch))
     assert method._keys is not None
     keys = method._keys.clone()
     method.after_optimizer_step(number)
@@ -191,7 +192,7 @@ def test_no_gradient_flows_into_keys() -> None:
 def test_validation_leaves_queue_and_teacher_alone() -> None:
     method = tiny("moco_v2").eval()
     before = {key: values.clone() for key, values in method.state_dict().items()}
-    method.validate([regions(4)])
+    method.validate([method.prepare(regions(4))])
     assert method._keys is None
     assert all(torch.equal(before[key], values) for key, values in method.state_dict().items())
 
@@ -223,14 +224,14 @@ def test_recomputed_activations_reach_the_teacher_too() -> None:
 def test_figures_of_held_out_samples(name: str) -> None:
     method = tiny(name).eval()
     batches = [regions(4), regions(3, first=4)]
-    figures = method.validate(batches)
-    whole = method.validate([regions(7)])
+    figures = method.validate(map(method.prepare, batches))
+    whole = method.validate([method.prepare(regions(7))])
     assert figures == pytest.approx(whole, abs=1e-5)
     assert figures["pretext_chance"] == pytest.approx(1 / 13 if name == "simclr" else 1 / 7)
     assert 0 <= figures["pretext_accuracy"] <= 1
     assert not method.collapsed(figures)
     assert any(f"{figures['pretext_accuracy']:.1%}" in line for line in method.told(figures))
-    assert set(method.train()(regions(4)).metrics) == {"pretext_accuracy", "alignment", "uniformity"}
+    assert set(method.train()(method.prepare(regions(4))).metrics) == {"pretext_accuracy", "alignment", "uniformity"}
 
 
 @both
@@ -246,7 +247,7 @@ def test_a_constant_embedding_is_called_collapsed(name: str) -> None:
             method.queue.fill_(1 / math.sqrt(8))
         for weight in method.backbone.encoder.parameters():
             weight.zero_()
-    figures = method.validate([regions(5)])
+    figures = method.validate([method.prepare(regions(5))])
     assert figures["alignment"] == pytest.approx(0, abs=1e-6)
     complaints = " ".join(method.collapsed(figures))
     for words in ("at chance", "almost the same", "on one line"):
@@ -255,7 +256,8 @@ def test_a_constant_embedding_is_called_collapsed(name: str) -> None:
 
 @both
 def test_pictures_show_the_region_and_its_views(name: str) -> None:
-    pictures = tiny(name).pictures(regions(3))
+    method = tiny(name)
+    pictures = method.pictures(method.prepare(regions(3)))
     assert list(pictures["views"]) == ["region", "view 1", "view 2"]
     assert pictures["views"]["view 1"].shape == (3, 1, 16, 16, 16)
 
@@ -398,7 +400,7 @@ def test_to_find_what_fits_no_process_is_waited_for(monkeypatch: pytest.MonkeyPa
         launch("cpu"), method, OptimizerSettings("sgd", 0.1), StepSettings(), batch_size=8, steps=1, seed=0
     )
     with pytest.raises(UserError, match=r"8 patches at once do not fit .*, 3 do"):
-        step(regions(8, 2), 0)
+        step(method.prepare(regions(8, 2)), 0)
     assert not waits
     assert method.training
 

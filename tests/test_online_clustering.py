@@ -41,7 +41,7 @@ def tiny(dims: int = 2, *, per: str = "modality", **settings: Any) -> OnlineClus
 @pytest.mark.parametrize("targets", [(), (0, 1, 2)])
 def test_gradients_reach_every_trained_parameter(dims: int, per: str, targets: tuple[int, ...]) -> None:
     method = tiny(dims, per=per, targets=targets, queue=8)
-    output = method(patches(4, (20,) * dims))
+    output = method(method.prepare(patches(4, (20,) * dims)))
     assert set(output.losses) == {"clustering", "supervised"} if targets else {"clustering"}
     torch.stack(list(output.losses.values())).sum().backward()
     for name, parameter in method.named_parameters():
@@ -51,7 +51,7 @@ def test_gradients_reach_every_trained_parameter(dims: int, per: str, targets: t
 def test_each_modality_has_its_own_sinkhorn_and_prototypes() -> None:
     """Ten samples together cost what those of each modality cost alone."""
     method = tiny().eval()
-    batch = patches(10, (20, 20))
+    batch = method.prepare(patches(10, (20, 20)))
     seen = method._see(batch)
     codes = method._codes(seen, batch["modality"])
     alone = []
@@ -69,7 +69,7 @@ def test_each_modality_has_its_own_sinkhorn_and_prototypes() -> None:
 def test_energy_bands_change_some_of_the_views() -> None:
     without, with_ = tiny(energy=EnergyBands(0.0)), tiny(energy=EnergyBands(1.0))
     batch = patches(6, (20, 20))
-    plain, changed = (method.pictures(batch)["views"] for method in (without, with_))
+    plain, changed = (method.pictures(method.prepare(batch))["views"] for method in (without, with_))
     assert list(plain) == ["region", "global 1", "global 2", "local 1", "local 2"]
     for name in list(plain)[1:]:
         difference = (plain[name] - changed[name]).abs().flatten(1).mean(1)
@@ -84,6 +84,7 @@ def test_the_hybrid_objective_is_the_sum_of_both() -> None:
     method = tiny(targets=(0, 2), alpha=0.5).eval()
     batch = patches(40, (20, 20))
     batch["target"] = torch.where(torch.arange(40) < 4, torch.tensor([0, 2, 2, 1]).repeat(10), NO_TARGET)
+    batch = method.prepare(batch)
     output = method(batch)
     logits = method.classifier(method._see(batch).features[:, :3])  # class 1 is unknown in training
     expected = functional.cross_entropy(logits.flatten(0, 1), torch.tensor([0, 1, 1, 0, 1, 1]))
@@ -101,8 +102,8 @@ def test_the_hybrid_objective_is_the_sum_of_both() -> None:
 
 def test_a_batch_without_targets_has_the_same_metrics_and_no_supervised_loss() -> None:
     method = tiny(targets=(0, 1, 2))
-    some = method(patches(10, (20, 20)))
-    batch = patches(4, (20, 20), first=1)
+    some = method(method.prepare(patches(10, (20, 20))))
+    batch = method.prepare(patches(4, (20, 20), first=1))
     assert (batch["target"] == NO_TARGET).all()
     none = method(batch)
     assert none.losses.keys() == some.losses.keys()
@@ -115,8 +116,8 @@ def test_a_batch_without_targets_has_the_same_metrics_and_no_supervised_loss() -
 
 def test_figures_by_modality_also_where_one_is_missing() -> None:
     method = tiny(targets=(0, 1)).eval()
-    both = method.validate([patches(12, (20, 20))])
-    batch = patches(12, (20, 20))
+    batch = method.prepare(patches(12, (20, 20)))
+    both = method.validate([batch])
     only_ct = {name: value[::2] for name, value in batch.items()}
     one = method.validate([{**only_ct, "target": torch.full((6,), NO_TARGET)}])
     assert one.keys() == both.keys()
@@ -133,7 +134,7 @@ def test_held_out_samples_of_a_modality_without_prototypes_do_no_harm() -> None:
     method = tiny().eval()
     batch = patches(12, (20, 20))
     batch["modality"][:2] = 2
-    assert math.isfinite(method.validate([batch])["loss"])
+    assert math.isfinite(method.validate([method.prepare(batch)])["loss"])
 
 
 def build(overrides: list[str], facts: Facts) -> Any:
@@ -170,7 +171,7 @@ def steps_of_a_process(rank: int, folder: Path, arrange: str) -> None:
 def _take(method: OnlineClustering, model: torch.nn.Module, arrange: str, share: slice) -> None:
     optimizer = torch.optim.SGD(method.param_groups(), 1e-2)
     for step in range(3):
-        batch = patches(8, (20, 20), first=8 * step)
+        batch = method.prepare(patches(8, (20, 20), first=8 * step))
         order = batch["modality"].argsort(stable=True) if arrange == "apart" else torch.arange(8)
         part = {name: value[order][share] for name, value in batch.items()}
         torch.stack(list(model(part).losses.values())).sum().backward()

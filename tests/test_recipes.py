@@ -89,9 +89,10 @@ def test_recorded_loss_trace(name: str) -> None:
     for step in range(3):
         settings.set_rate(optimizer, step, config.train.steps)
         if text is not None:
-            output = method(report_batch(text, TEXTS, config.data.patch_size, first=4 * step))
+            batch = report_batch(text, TEXTS, config.data.patch_size, first=4 * step)
         else:
-            output = method({**patches(4, size, first=4 * step), "modality": torch.zeros(4, dtype=torch.long)})
+            batch = {**patches(4, size, first=4 * step), "modality": torch.zeros(4, dtype=torch.long)}
+        output = method(method.prepare(batch))
         loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
         assert all(weight.grad is not None for weight in method.parameters() if weight.requires_grad)
@@ -114,7 +115,7 @@ def test_semantics_adds_the_classification_of_pseudo_labels(name: str) -> None:
         torch.manual_seed(0)
         backbone = build_backbone(spatial_dims=3, **config.network.model_dump())
         method = METHODS[name](config, backbone, Facts(classes=CLASSES if semantics == "true" else 0))
-        losses.append(method(patches(4, config.data.patch_size)).losses)
+        losses.append(method(method.prepare(patches(4, config.data.patch_size))).losses)
         assert config.method.needs == ("pseudo_labels" if semantics == "true" else "patches")
     assert set(losses[1]) - set(losses[0]) == {"classification"}
     assert losses[1]["restoration"].item() == pytest.approx(losses[0]["restoration"].item())

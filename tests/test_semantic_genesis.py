@@ -50,7 +50,7 @@ def tiny(dims: int = 3, channels: int = 1, **settings: Any) -> SemanticGenesis:
 
 def restorations(method: SemanticGenesis, batch: Batch) -> list[Tensor]:
     """Original, corrupted and restored patches."""
-    *shown, difference = method.pictures(batch)["restorations"].values()
+    *shown, difference = method.pictures(method.prepare(batch))["restorations"].values()
     assert torch.equal(difference, shown[2] - shown[0])
     return shown
 
@@ -62,7 +62,7 @@ def test_gradients_reach_every_trained_parameter(
     dims: int, classify: Any, lambda_rec: float, lambda_cls: float
 ) -> None:
     method = tiny(dims, 2, classify=classify, lambda_rec=lambda_rec, lambda_cls=lambda_cls)
-    output = method(patches(3, (16,) * dims, channels=2))
+    output = method(method.prepare(patches(3, (16,) * dims, channels=2)))
     terms = {"restoration": lambda_rec, "classification": lambda_cls}
     assert set(output.losses) == {name for name, weight in terms.items() if weight}
     torch.stack(list(output.losses.values())).sum().backward()
@@ -83,7 +83,7 @@ def test_a_method_without_a_task_is_refused() -> None:
 def test_losses_are_the_published_ones_weighted() -> None:
     method = tiny(lambda_rec=2.0, lambda_cls=0.5).eval()
     batch = patches(4, (16, 16, 8))
-    output = method(batch)
+    output = method(method.prepare(batch))
     original, corrupted, restored = restorations(method, batch)
     assert not torch.equal(original, corrupted)
     assert output.losses["restoration"].item() == pytest.approx(
@@ -101,7 +101,7 @@ def test_classify_clean_sees_the_uncorrupted_patch() -> None:
     other = {**batch, "key": batch["key"] + 1}
     for classify, same in (("clean", True), ("corrupted", False)):
         method = tiny(classify=classify).eval()
-        pair = [method(b).losses["classification"].item() for b in (batch, other)]
+        pair = [method(method.prepare(b)).losses["classification"].item() for b in (batch, other)]
         assert (pair[0] == pair[1]) == same
 
 
@@ -116,9 +116,9 @@ def test_validation_is_repeatable_and_independent_of_the_batches() -> None:
     method = tiny().eval()
     whole = patches(10, (16, 16, 8))
     batches = [{name: value[i : i + 3] for name, value in whole.items()} for i in range(0, 10, 3)]
-    figures = method.validate([whole])
-    assert figures == method.validate([whole])
-    assert figures == pytest.approx(method.validate(batches), rel=1e-5)
+    figures = method.validate([method.prepare(whole)])
+    assert figures == method.validate([method.prepare(whole)])
+    assert figures == pytest.approx(method.validate(map(method.prepare, batches)), rel=1e-5)
 
     original, corrupted, restored = restorations(method, whole)
     assert figures["mse"] == pytest.approx(float(((restored - original) ** 2).mean()), rel=1e-5)
@@ -131,7 +131,8 @@ def test_validation_is_repeatable_and_independent_of_the_batches() -> None:
 @pytest.mark.parametrize(("switch", "absent"), [("lambda_cls", "accuracy"), ("lambda_rec", "mse")])
 def test_validation_leaves_out_the_task_that_is_off(switch: str, absent: str) -> None:
     off: dict[str, Any] = {switch: 0.0}
-    figures = tiny(**off).eval().validate([patches(4, (16, 16, 8))])
+    method = tiny(**off).eval()
+    figures = method.validate([method.prepare(patches(4, (16, 16, 8)))])
     assert absent not in figures
     assert {"loss", "knn_accuracy", "chance"} <= set(figures)
 
@@ -142,11 +143,11 @@ def test_it_learns_both_tasks(classify: str, steps: int, accuracy: float) -> Non
     optimizer = torch.optim.Adam(method.parameters(), 1e-2)
     held_out = patches(30, (16, 16, 8), first=10_000)
     for step in range(steps):
-        output = method(patches(12, (16, 16, 8), first=12 * step))
+        output = method(method.prepare(patches(12, (16, 16, 8), first=12 * step)))
         torch.stack(list(output.losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    figures = method.eval().validate([held_out])
+    figures = method.eval().validate([method.prepare(held_out)])
     assert figures["mse"] < 0.5 * min(figures["input_mse"], figures["mean_mse"])
     assert figures["accuracy"] > accuracy > 1.5 * figures["chance"], figures
     assert figures["knn_accuracy"] > 0.8

@@ -101,7 +101,7 @@ def check_a_bad_step() -> None:
     step = TrainingStep(fabric, method, ADAM, SHARDED, batch_size=12, steps=4, seed=0)
     step(batch, 0)
     before = {name: tensor.clone() for name, tensor in step.state_dict()["method"].items()}
-    step({**batch, "image": batch["image"] * (torch.nan if fabric.global_rank == 1 else 1)}, 1)
+    step({**batch, "corrupted": batch["corrupted"] * (torch.nan if fabric.global_rank == 1 else 1)}, 1)
     assert step.skipped.tolist() == [1, 1]
     after = step.state_dict()["method"]
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

@@ -48,7 +48,7 @@ def method_and_batch(**changes: object) -> tuple[Method, Batch]:
     config = load_config("semantic_genesis_3d", overrides)
     method = METHODS[config.method.name](config, network("unet"), Facts(classes=3)).train()
     batch = {"image": torch.rand(6, 1, 16, 16, 16), "label": torch.arange(6) % 3, "key": torch.arange(6)}
-    return method, batch
+    return method, method.prepare(batch)
 
 
 def weights_after(settings: StepSettings, steps: int, device: str = "cpu", **changes: object) -> list[Tensor]:
@@ -56,7 +56,7 @@ def weights_after(settings: StepSettings, steps: int, device: str = "cpu", **cha
     fabric = launch(device)
     step = TrainingStep(fabric, method, SGD, settings, batch_size=6, steps=10, seed=0)
     for number in range(steps):
-        step(fabric.to_device(batch), number)
+        step(method.prepare(fabric.to_device(batch)), number)
     return [weight.detach().cpu() for weight in method.parameters()]
 
 
@@ -278,15 +278,14 @@ def test_a_step_on_cuda(tmp_path: Path) -> None:
             assert torch.allclose(a, b, atol=1e-3)
     method, batch = method_and_batch()
     fabric = launch("cuda")
-    TrainingStep(fabric, method, ADAM, StepSettings(), batch_size=6, steps=10, seed=0)(fabric.to_device(batch), 0)
+    batch = method.prepare(fabric.to_device(batch))
+    TrainingStep(fabric, method, ADAM, StepSettings(), batch_size=6, steps=10, seed=0)(batch, 0)
     assert any(w.ndim == 5 and w.is_contiguous(memory_format=torch.channels_last_3d) for w in method.parameters())
     many = {name: tensor[:1].repeat(10**4, *(1,) * (tensor.ndim - 1)) for name, tensor in batch.items()}
     torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)
     try:
         with pytest.raises(UserError, match=r"10000 patches at once do not fit .* cuda:0, [1-9][0-9]* do"):
-            TrainingStep(fabric, method, ADAM, StepSettings(), batch_size=10**4, steps=10, seed=0)(
-                fabric.to_device(many), 0
-            )
+            TrainingStep(fabric, method, ADAM, StepSettings(), batch_size=10**4, steps=10, seed=0)(many, 0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     train(tmp_path, Regression(), 5, device="cuda", optimizer=ADAM, profile=2)

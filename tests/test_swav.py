@@ -56,7 +56,7 @@ def take_steps(method: SwAV, count: int, *, rate: float = 1e-2, batch: int = 8, 
     optimizer = torch.optim.Adam(method.param_groups(), rate)
     losses = []
     for step in range(first, first + count):
-        output = method(patches(batch, (20, 20), first=batch * step))
+        output = method(method.prepare(patches(batch, (20, 20), first=batch * step)))
         loss = torch.stack(list(output.losses.values())).sum()
         loss.backward()
         method.before_optimizer_step(step)
@@ -70,7 +70,7 @@ def take_steps(method: SwAV, count: int, *, rate: float = 1e-2, batch: int = 8, 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_gradients_reach_every_trained_parameter(dims: int) -> None:
     method = tiny(dims, 2, queue=12)
-    output = method(patches(4, (20,) * dims, channels=2))
+    output = method(method.prepare(patches(4, (20,) * dims, channels=2)))
     assert set(output.losses) == {"clustering"}
     assert not any(value.requires_grad for value in output.metrics.values())
     output.losses["clustering"].backward()
@@ -82,7 +82,7 @@ def test_gradients_reach_every_trained_parameter(dims: int) -> None:
 
 def test_the_loss_is_the_swapped_prediction_of_the_views() -> None:
     method = tiny().eval()
-    batch = patches(6, (20, 20, 20))
+    batch = method.prepare(patches(6, (20, 20, 20)))
     views = method.pictures(batch)["views"]
     assert list(views) == ["region", "global 1", "global 2", "local 1", "local 2"]
     layers: Any = method.head.layers
@@ -110,7 +110,7 @@ def test_prototypes_are_frozen_at_first_and_of_unit_length_always() -> None:
 
 def test_the_queue_holds_the_latest_embeddings_and_counts_from_its_start_on() -> None:
     method = tiny(2, queue=10, queue_start=2)
-    batches = [patches(4, (20, 20), first=4 * step) for step in range(4)]
+    batches = [method.prepare(patches(4, (20, 20), first=4 * step)) for step in range(4)]
     for step, batch in enumerate(batches):
         with torch.no_grad():
             seen = method._see(batch)
@@ -140,7 +140,7 @@ def test_all_state_is_in_the_state_dict() -> None:
 
 def test_a_batch_equals_its_samples() -> None:
     method = tiny().eval()
-    batch = patches(3, (20, 20, 20))
+    batch = method.prepare(patches(3, (20, 20, 20)))
     alone = [method._see({name: value[i : i + 1] for name, value in batch.items()}) for i in range(3)]
     together = method._see(batch)
     for part, *single in zip(together, *alone, strict=True):
@@ -149,7 +149,7 @@ def test_a_batch_equals_its_samples() -> None:
 
 def test_validation_does_not_depend_on_the_batches() -> None:
     method = tiny(2, queue=8).eval()
-    whole = patches(10, (20, 20))
+    whole = method.prepare(patches(10, (20, 20)))
     figures = method.validate([whole])
     batches = [{name: value[i : i + 3] for name, value in whole.items()} for i in range(0, 10, 3)]
     assert method.validate(batches) == pytest.approx(figures, rel=1e-4)
@@ -161,7 +161,7 @@ def test_validation_does_not_depend_on_the_batches() -> None:
 
 def test_it_learns() -> None:
     method = SwAV(*parts_of(2, local_views=0), Prototypes(DIM, COUNT), frozen_steps=5, queue=64, queue_start=150)
-    held_out = [patches(60, (20, 20), first=10_000)]
+    held_out = [method.prepare(patches(60, (20, 20), first=10_000))]
     before = method.eval().validate(held_out)
     take_steps(method.train(), 200, rate=3e-3, batch=32)
     figures = method.eval().validate(held_out)
@@ -175,7 +175,7 @@ def test_it_learns() -> None:
 def test_a_collapse_is_told() -> None:
     """All embeddings alike; one prototype that gets all; features on one line."""
     method = tiny(2).eval()
-    batch = [patches(10, (20, 20))]
+    batch = [method.prepare(patches(10, (20, 20)))]
     with torch.no_grad():
         list(method.head.parameters())[-2].zero_()  # what is left is the bias
     found = method.collapsed(method.validate(batch))

@@ -296,7 +296,8 @@ def test_a_batch_that_cannot_fit_leaves_nothing(
     monkeypatch.setattr(SemanticGenesis, "forward", hungry)
     assert "4 patches at once do not fit into the memory of this machine, 2 do" in refused()
     assert "divided among 1 processes with 3 parts each" in refused("--set", "train.accumulate=3")
-    train(workspace, "--steps", "1", "--set", "train.accumulate=2", "--set", "train.recompute_activations=true")
+    smaller = ("train.accumulate=2", "train.recompute_activations=true", "train.validation_samples=2")
+    train(workspace, "--steps", "1", *(part for change in smaller for part in ("--set", change)))
 
 
 @pytest.mark.slow

@@ -5,37 +5,70 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import TrainingAlarm
+from ..errors import TrainingAlarm, UserError
 from .launch import worker_count
-from .method import Batch
+from .memory import is_out_of_memory
+from .method import Batch, parts_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 STALLED = 1800.0  # seconds without a batch after which the data loading processes count as stuck
+# On the CPU the batches of this many steps are made at once while they have no more voxels than that: of small ones it
+# takes longer to call PyTorch's operations than to do them. Measured with the sample, cutting and corruption together
+# take 4.4 ms a step instead of 7.0.
+STEPS_AT_ONCE, VOXELS_AT_ONCE = 8, 2**20
 
 
 def training_batches(
-    samples: Dataset[Batch], fabric: "Fabric", *, steps: range, batch_size: int, workers: int | str
+    samples: Dataset[Batch],
+    fabric: "Fabric",
+    prepare: Callable[[Batch], Batch],
+    *,
+    steps: range,
+    batch_size: int,
+    workers: int | str,
 ) -> Iterator[Batch]:
-    """This process' share of the batch of each of these steps, on its device.
+    """This process' share of the batch of each of these steps, on its device, as `prepare` leaves it.
 
-    Step s has the samples s * batch_size … (s + 1) * batch_size - 1, of which every process takes an equal slice.
+    Step s has the samples s * batch_size … (s + 1) * batch_size - 1, of which every process takes an equal slice. With
+    which others they are made, and so how they are rounded, does not depend on the steps asked for.
+
+    Raises `UserError` when there is not enough memory to make them.
     """
     share = batch_size // fabric.world_size
-    starts = [step * batch_size + fabric.global_rank * share for step in steps]
-    slices = [range(start, start + share) for start in starts]
-    return map(fabric.to_device, _loader(samples, fabric, workers, batch_sampler=slices))
+    together = _steps_at_once(samples, fabric.device, share)
+    begin = steps.start - steps.start % together
+
+    def slices() -> Iterator[list[int]]:
+        for first in range(begin, steps.stop, together):
+            starts = (step * batch_size + fabric.global_rank * share for step in range(first, first + together))
+            yield [index for start in starts for index in range(start, start + share)]
+
+    def batches() -> Iterator[Batch]:
+        for block in _loader(samples, fabric, workers, batch_sampler=slices()):
+            yield from parts_of(_on_device(block, fabric, prepare), together)
+
+    return islice(batches(), steps.start - begin, steps.stop - begin)
 
 
-def validation_batches(samples: Dataset[Batch], fabric: "Fabric", *, batch_size: int, workers: int | str) -> DataLoader:
-    """All samples in order, on the host."""
-    return _loader(samples, fabric, workers, batch_size=batch_size)
+def validation_batches(
+    samples: Dataset[Batch],
+    fabric: "Fabric",
+    prepare: Callable[[Batch], Batch],
+    *,
+    batch_size: int,
+    workers: int | str,
+) -> Iterable[Batch]:
+    """All samples in order, likewise, each time that they are iterated over."""
+    return _Prepared(_loader(samples, fabric, workers, batch_size=batch_size), fabric, prepare)
 
 
 @contextmanager
@@ -58,7 +91,7 @@ def failures_named() -> Iterator[None]:
 
 
 class DataWait:
-    """How long the device waits for batches; to know it makes neither the device nor the host wait.
+    """How long the device waits for batches, or makes them; to know it makes neither the device nor the host wait.
 
     The host runs ahead of a CUDA device: while it waits for a batch, the device may still be busy. There the time is
     therefore taken on the device, from the end of a step's work to the arrival of the next batch.
@@ -102,6 +135,31 @@ class DataWait:
 
     def _between(self, first: Any, last: Any) -> float:
         return float(first.elapsed_time(last) / 1000 if self._cuda else last - first)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    loader: DataLoader
+    fabric: "Fabric"
+    prepare: Callable[[Batch], Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (_on_device(batch, self.fabric, self.prepare) for batch in self.loader)
+
+
+def _on_device(batch: Batch, fabric: "Fabric", prepare: Callable[[Batch], Batch]) -> Batch:
+    try:
+        return prepare(fabric.to_device(batch))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    raise UserError(f"A batch of {len(batch['image'])} patches does not fit into memory; use a smaller batch_size.")
+
+
+def _steps_at_once(samples: Dataset[Batch], device: torch.device, share: int) -> int:
+    if device.type != "cpu":
+        return 1
+    return max(1, min(STEPS_AT_ONCE, VOXELS_AT_ONCE // (share * samples[0]["image"].numel())))
 
 
 def _kill_workers() -> None:

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 # Always "image" (B, C, *spatial) in [0, 1] and "key" (B,) int64, the sample's random key. Of random patches also
 # "modality" (B,), the number in MODALITIES, and "target" (B,), the volume's class or NO_TARGET; of pseudo-labelled ones
 # "label" (B,). "padding" (B,), where it is known, is the share of a patch that lies outside its volume; its mean is
-# logged.
+# logged. And what a method's `augment` adds.
 Batch = dict[str, Tensor]
+
+
+def parts_of(batch: Batch, count: int) -> list[Batch]:
+    """Up to `count` parts of a batch, in order, the last perhaps smaller; views of it."""
+    parts = [tensor.chunk(count) for tensor in batch.values()]
+    return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*parts, strict=True)]
 
 
 @dataclass  # not frozen, for Fabric refuses to look into frozen ones
@@ -37,6 +43,19 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError
+
+    def augment(self, batch: Batch) -> Batch:
+        """Tensors to add to some samples, each made of one sample alone, by its key: corruption, views. Default: none.
+
+        The samples may be those of several steps; weights take no part.
+        """
+        return {}
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Samples as `forward`, `validate` and `pictures` take them: with what `augment` adds, in full precision."""
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            return {**batch, **self.augment(batch)}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; default: every parameter that requires grad."""

@@ -68,7 +68,8 @@ def measure(
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
     method.train()
     at_rest = held_bytes(fabric.device)
-    batches = training_batches(train, fabric, steps=range(10_000), batch_size=batch_size, workers=workers)
+    prepare = method.prepare
+    batches = training_batches(train, fabric, prepare, steps=range(10_000), batch_size=batch_size, workers=workers)
     for step in range(WARM_UP):
         take_step(next(batches), step)
     _finish(fabric.device)
@@ -88,14 +89,14 @@ def measure(
     gradients = [weight for weight in method.parameters() if weight.requires_grad]
     fixed = at_rest + _bytes(moments) + _bytes(gradients)
     at_once = batch_size // (fabric.world_size * settings.accumulate)
-    part = {name: tensor[:at_once] for name, tensor in batch.items()}
+    part = {name: tensor[:at_once].clone() for name, tensor in batch.items()}  # whose storage is all its own
     with take_step.autocast(), torch.compiler.set_stance("force_eager"):
         kept = bytes_kept(lambda: method(part))
     each = max(peak - fixed, kept) / at_once  # on the CPU the peak may be that of an earlier time
 
     if validation is not None:
         size = min(len(validation), 2 * at_once)  # type: ignore[arg-type]
-        some = validation_batches(Subset(validation, range(size)), fabric, batch_size=at_once, workers=0)
+        some = validation_batches(Subset(validation, range(size)), fabric, prepare, batch_size=at_once, workers=0)
         started = time.perf_counter()
         with take_step.autocast():
             validate(method, some, fabric, seed)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..seeding import key
 from .batch_norm import join_batch_norms
 from .memory import is_out_of_memory, largest_that_fits
-from .method import Batch, Method
+from .method import Batch, Method, parts_of
 from .optimizer import OptimizerSettings
 from .sharding import copy_weights, divide_state, divided, local, whole
 
@@ -185,7 +185,7 @@ class TrainingStep:
 
     def _gradients(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
         torch.manual_seed(key(self._seed, "step", step, self._fabric.global_rank))
-        parts = _parts(batch, self._settings.accumulate)
+        parts = parts_of(batch, self._settings.accumulate)
         terms = []
         with torch.compiler.set_stance("default" if self._compiled else "force_eager"):
             for number, part in enumerate(parts, 1):
@@ -291,8 +291,3 @@ def _channels_last(method: nn.Module) -> None:
     for weight in method.parameters():
         if weight.ndim in _CHANNELS_LAST:
             weight.data = weight.data.contiguous(memory_format=_CHANNELS_LAST[weight.ndim])
-
-
-def _parts(batch: Batch, count: int) -> list[Batch]:
-    divided = [tensor.chunk(count) for tensor in batch.values()]
-    return [dict(zip(batch, tensors, strict=True)) for tensors in zip(*divided, strict=True)]

@@ -71,8 +71,8 @@ def fit(
 
     Args:
         train: by global sample index, which has no end; items are dicts of tensors.
-        validation: what `method.validate` gets, in order, every `validate_every` steps and at the end. Its "loss"
-            decides which step is the best one; without it the last step is.
+        validation: what `method.validate` gets, prepared and in order, every `validate_every` steps and at the end.
+            Its "loss" decides which step is the best one; without it the last step is.
         folder: gets `checkpoints/last.pt` (everything needed to go on) and `previous.pt`, the one before it,
             `best.pt` (the best step's method), `metrics.jsonl` and `tensorboard/`. `read_checkpoint(…)["method"]` is
             the method's state dict.
@@ -117,11 +117,11 @@ def fit(
         return state.result()
 
     to_come = range(state.step, steps)
-    batches = training_batches(train, fabric, steps=to_come, batch_size=batch_size, workers=workers)
+    batches = training_batches(train, fabric, method.prepare, steps=to_come, batch_size=batch_size, workers=workers)
     held_out = None
     if validation is not None:
         size = validation_batch_size or batch_size // fabric.world_size
-        held_out = validation_batches(validation, fabric, batch_size=size, workers=workers)
+        held_out = validation_batches(validation, fabric, method.prepare, batch_size=size, workers=workers)
 
     waiting = DataWait(fabric.device)
     shown: dict[str, float | str] = {}
@@ -210,18 +210,18 @@ def validate(
     """The method's figures of held-out data, from the first process for all; none if `interrupted` between batches."""
     figures: dict[str, float] = {}
 
-    def on_device() -> Iterator[Batch]:
+    def until_interrupted() -> Iterator[Batch]:
         for batch in batches:
             if interrupted():
                 raise _Interrupted
-            yield fabric.to_device(batch)
+            yield batch
 
     if fabric.is_global_zero:
         torch.manual_seed(key(seed, "validation"))
         method.eval()
         eager = torch.compiler.set_stance("force_eager")  # batches are of any size here
         with suppress(_Interrupted), torch.no_grad(), eager:
-            figures = method.validate(on_device())
+            figures = method.validate(until_interrupted())
         method.train()
     return fabric.broadcast(figures)
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.method import Batch, Method, Output
+from ..engine.method import Batch, Method, Output, parts_of
 from ..evaluation.probes import alignment, choice_accuracy, effective_rank, uniformity
 from ..losses.contrastive import Contrast
 from ..models import Backbone
@@ -41,7 +41,7 @@ class ContrastiveMethod(Method):
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Output:
-        """Batch: image (B, C, *region) in [0, 1], modality (B,) int64, key (B,) int64."""
+        """Batch, prepared: views (B, 2, C, *spatial) in [0, 1]."""
         embedded, _ = self._in_parts(batch) if self.parts > 1 else self.embed(batch)
         contrast = self.compare(embedded)
         return Output({"contrast": contrast.loss}, self._health(embedded.detach(), contrast))
@@ -83,21 +83,20 @@ class ContrastiveMethod(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        views = {f"view {number}": view for number, view in enumerate(self.cut(batch), 1)}
+        views = {f"view {number}": view for number, view in enumerate(batch["views"].unbind(1), 1)}
         return {"views": {"region": batch["image"], **views}}
 
-    @torch.compiler.disable  # tables made once, for the device
-    def cut(self, batch: Batch) -> list[Tensor]:
-        """The two views (B, C, *spatial)."""
-        image = batch["image"]
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            return self.views(image, batch["modality"], BatchGenerator(batch["key"]))
+    def augment(self, batch: Batch) -> Batch:
+        """views (B, 2, C, *spatial) of image (B, C, *region); modality (B,) and key (B,) int64 say which."""
+        made = [
+            torch.stack(self.views(part["image"], part["modality"], BatchGenerator(part["key"])), dim=1)
+            for part in parts_of(batch, self.parts)
+        ]
+        return {"views": torch.cat(made)}
 
     @torch.compiler.disable  # a part's second pass is not one of a compiled graph
     def _in_parts(self, batch: Batch) -> Embedded:
-        size = -(-len(batch["image"]) // self.parts)
-        split = {name: tensor.split(size) for name, tensor in batch.items()}
-        parts = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+        parts = parts_of(batch, self.parts)
         embed: Callable[[Batch], Embedded] = self.embed
         if torch.is_grad_enabled():
             embedded = [checkpoint(embed, part, use_reentrant=False) for part in parts]

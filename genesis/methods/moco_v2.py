@@ -55,7 +55,7 @@ class MoCoV2(ContrastiveMethod):
         self._keys: Tensor | None = None  # of the step at hand, of this process
 
     def embed(self, batch: Batch) -> Embedded:
-        first, second = self.cut(batch)
+        first, second = batch["views"].unbind(1)
         features = pool(self.backbone.encode(first)[-1])
         query = self.head(features)
         with torch.no_grad():

@@ -64,13 +64,10 @@ class OnlineClustering(SwAV):
             )
         return lines
 
-    @torch.compiler.disable  # as SwAV's
-    @torch.no_grad()
-    def _views(self, batch: Batch) -> list[Tensor]:
+    def cut(self, batch: Batch) -> list[Tensor]:
         crops, looks = BatchGenerator(batch["key"]).split(2)
-        with torch.autocast(batch["image"].device.type, enabled=False):
-            views = self.views(batch["image"], batch["modality"], crops)
-            return [self.energy(view, look) for view, look in zip(views, looks.split(len(views)), strict=True)]
+        views = self.views(batch["image"], batch["modality"], crops)
+        return [self.energy(view, look) for view, look in zip(views, looks.split(len(views)), strict=True)]
 
     def _output(self, seen: Seen, codes: Tensor, batch: Batch) -> Output:
         output = super()._output(seen, codes, batch)

@@ -61,14 +61,31 @@ class SemanticGenesis(Method):
             backbone.train_encoder_only()
 
     def forward(self, batch: Batch) -> Output:
-        """Batch: image (B, C, *spatial) in [0, 1], key (B,) int64, with λ_cls > 0 label (B,) int64."""
-        return self._output(batch, *self._corrupt(batch))
+        """Batch, prepared: image, corrupted, original (B, C, *spatial) in [0, 1]; with λ_cls > 0 label (B,) int64."""
+        losses, metrics = {}, {}
+        clean = self.classify == "clean"
+        if self.lambda_rec or not clean:
+            features = self.backbone.encode(batch["corrupted"])
+        if self.lambda_rec:
+            mse = restoration_loss(self._restored(features), batch["original"])
+            losses["restoration"], metrics["mse"] = self.lambda_rec * mse, mse.detach()
+        if self.lambda_cls:
+            logits = self.head(self.backbone.encode(batch["image"])[-1] if clean else features[-1]).float()
+            cross_entropy = functional.cross_entropy(logits, batch["label"])
+            losses["classification"], metrics["cross_entropy"] = self.lambda_cls * cross_entropy, cross_entropy.detach()
+            metrics["accuracy"] = (logits.argmax(dim=1) == batch["label"]).float().mean()
+        return Output(losses, metrics)
+
+    def augment(self, batch: Batch) -> Batch:
+        """corrupted, and original, to which it is to be restored, both (B, C, *spatial); key (B,) int64 draws them."""
+        corrupted, original = self.corruption(batch["image"], BatchGenerator(batch["key"]))
+        return {"corrupted": corrupted, "original": original}
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
         if not self.lambda_rec:
             return {}
-        corrupted, original = self._corrupt(batch)
+        corrupted, original = batch["corrupted"], batch["original"]
         restored = self._restored(self.backbone.encode(corrupted))
         columns = {"original": original, "corrupted": corrupted, "restored": restored}
         return {"restorations": {**columns, "difference": restored - original}}
@@ -85,8 +102,7 @@ class SemanticGenesis(Method):
         sums: defaultdict[str, float] = defaultdict(float)
         features, labels = [], []
         for batch in batches:
-            corrupted, original = self._corrupt(batch)
-            output = self._output(batch, corrupted, original)
+            output, corrupted, original = self(batch), batch["corrupted"], batch["original"]
             terms = {**output.metrics, "loss": torch.stack(list(output.losses.values())).sum()}
             if self.lambda_rec:
                 mean = original.flatten(1).mean(1).view(-1, *(1,) * (original.ndim - 1)).expand_as(original)
@@ -129,27 +145,6 @@ class SemanticGenesis(Method):
             lines.append(f"{told}k-NN on the features {figures['knn_accuracy']:.1%}; chance is {figures['chance']:.1%}")
         return lines
 
-    @torch.compiler.disable  # picks samples by index: their number differs from batch to batch
-    def _corrupt(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        image = batch["image"]
-        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            return self.corruption(image, BatchGenerator(batch["key"]))
-
     def _restored(self, features: list[Tensor]) -> Tensor:
         restored = self.backbone.decode(features)
         return self.calibration(restored, features[-1]) if hasattr(self, "calibration") else restored
-
-    def _output(self, batch: Batch, corrupted: Tensor, original: Tensor) -> Output:
-        losses, metrics = {}, {}
-        clean = self.classify == "clean"
-        if self.lambda_rec or not clean:
-            features = self.backbone.encode(corrupted)
-        if self.lambda_rec:
-            mse = restoration_loss(self._restored(features), original)
-            losses["restoration"], metrics["mse"] = self.lambda_rec * mse, mse.detach()
-        if self.lambda_cls:
-            logits = self.head(self.backbone.encode(batch["image"])[-1] if clean else features[-1]).float()
-            cross_entropy = functional.cross_entropy(logits, batch["label"])
-            losses["classification"], metrics["cross_entropy"] = self.lambda_cls * cross_entropy, cross_entropy.detach()
-            metrics["accuracy"] = (logits.argmax(dim=1) == batch["label"]).float().mean()
-        return Output(losses, metrics)

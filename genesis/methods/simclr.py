@@ -37,7 +37,7 @@ class SimCLR(ContrastiveMethod):
         self.temperature = temperature
 
     def embed(self, batch: Batch) -> Embedded:
-        first, second = self.cut(batch)
+        first, second = batch["views"].unbind(1)
         features = pool(self.backbone.encode(torch.cat((first, second)))[-1])
         return torch.stack(self.head(features).chunk(2), dim=1), features[: len(first)].detach()
 

@@ -15,6 +15,8 @@ from ..models import Backbone, ProjectionHead, Prototypes
 from ..models.heads import pool
 from ..transforms import BatchGenerator, MultiCrop
 
+KINDS = ("global", "local")  # of views
+
 
 class Seen(NamedTuple):
     """What the network makes of B samples."""
@@ -69,7 +71,7 @@ class SwAV(Method):
         backbone.train_encoder_only()
 
     def forward(self, batch: Batch) -> Output:
-        """Batch: image (B, C, *region) in [0, 1], key (B,) and modality (B,) int64."""
+        """Batch, prepared: global (B, G, C, *spatial), perhaps local, and modality (B,) int64."""
         seen = self._see(batch)
         return self._output(seen, self._codes(seen, batch["modality"]), batch)
 
@@ -124,24 +126,25 @@ class SwAV(Method):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        views = self._views(batch)
-        kinds = [f"global {i + 1}" for i in range(self.views.global_views)]
-        kinds += [f"local {i + 1}" for i in range(self.views.local_views)]
-        return {"views": {"region": batch["image"], **dict(zip(kinds, views, strict=True))}}
+        columns = {"region": batch["image"]}
+        for kind in (kind for kind in KINDS if kind in batch):
+            columns |= {f"{kind} {i}": view for i, view in enumerate(batch[kind].unbind(1), 1)}
+        return {"views": columns}
 
-    @torch.compiler.disable  # picks samples by index: their number differs from batch to batch
-    @torch.no_grad()
-    def _views(self, batch: Batch) -> list[Tensor]:
-        image = batch["image"]
-        with torch.autocast(image.device.type, enabled=False):
-            return self.views(image, batch["modality"], BatchGenerator(batch["key"]))
+    def augment(self, batch: Batch) -> Batch:
+        """global (B, G, C, *spatial) and, if there are any, local (B, L, C, *spatial): the views by their size."""
+        views, count = self.cut(batch), self.views.global_views
+        kinds = {"global": views[:count], "local": views[count:]}
+        return {kind: torch.stack(same, dim=1) for kind, same in kinds.items() if same}
+
+    def cut(self, batch: Batch) -> list[Tensor]:
+        """Global and local views (B, C, *spatial) of image (B, C, *region), by modality (B,) and key (B,) int64."""
+        return self.views(batch["image"], batch["modality"], BatchGenerator(batch["key"]))
 
     def _see(self, batch: Batch) -> Seen:
-        views, count = self._views(batch), self.views.global_views
-        features = [  # views of one size together
-            pool(self.backbone.encode(torch.cat(same))[-1]).unflatten(0, (len(same), -1))
-            for same in (views[:count], views[count:])
-            if same
+        features = [
+            pool(self.backbone.encode(views.transpose(0, 1).flatten(0, 1))[-1]).unflatten(0, (views.shape[1], -1))
+            for views in (batch[kind] for kind in KINDS if kind in batch)
         ]
         pooled = torch.cat(features)
         embeddings = self.head(pooled.flatten(0, 1))

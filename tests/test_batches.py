@@ -1,0 +1,79 @@
+"""Batches of a training: the same whatever step it begins at, and made for several steps at once where that pays."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from genesis.engine import batches
+from genesis.engine.batches import training_batches, validation_batches
+from genesis.engine.launch import launch
+from genesis.engine.method import Batch
+from genesis.errors import UserError
+
+
+class Together(Dataset[Batch]):
+    """Samples that know how many were asked for with them, and which was the first of those."""
+
+    def __init__(self, voxels: int) -> None:
+        self.voxels = voxels
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        key = torch.tensor(indices)
+        image = torch.zeros(1).expand(len(key), self.voxels)
+        return {
+            "image": image,
+            "key": key,
+            "first": key[0].expand(len(key)),
+            "count": torch.full((len(key),), len(key)),
+        }
+
+
+def doubled(batch: Batch) -> Batch:
+    return {**batch, "double": 2 * batch["key"]}
+
+
+def made(steps: range, *, voxels: int = 10, batch_size: int = 4) -> list[dict[str, list[int]]]:
+    found = training_batches(Together(voxels), launch("cpu"), doubled, steps=steps, batch_size=batch_size, workers=0)
+    return [{name: values.tolist() for name, values in batch.items() if name != "image"} for batch in found]
+
+
+def test_every_step_has_its_samples_prepared() -> None:
+    found = made(range(20))
+    assert [batch["key"] for batch in found] == [list(range(4 * step, 4 * step + 4)) for step in range(20)]
+    assert all(batch["double"] == [2 * key for key in batch["key"]] for batch in found)
+
+
+@pytest.mark.parametrize("start", [0, 3, 8, 19])
+def test_what_is_made_with_a_sample_does_not_depend_on_where_training_begins_or_ends(start: int) -> None:
+    assert made(range(start, 20)) == made(range(40))[start:20]
+
+
+@pytest.mark.parametrize(("voxels", "steps"), [(10, 8), (2**15, 8), (2**16, 4), (2**18, 1), (2**20, 1)])
+def test_small_batches_are_made_for_several_steps_at_once(voxels: int, steps: int) -> None:
+    """Of four samples each; 2^20 voxels at once."""
+    counts = {count for batch in made(range(9), voxels=voxels) for count in batch["count"]}
+    assert counts == {4 * steps}
+    assert batches.VOXELS_AT_ONCE == 2**20
+
+
+def test_validation_can_be_repeated() -> None:
+    held_out = torch.utils.data.Subset(Together(10), range(6))
+    found = validation_batches(held_out, launch("cpu"), doubled, batch_size=4, workers=0)
+    for _ in range(2):
+        assert [batch["double"].tolist() for batch in found] == [[0, 2, 4, 6], [8, 10]]
+
+
+def test_samples_that_cannot_be_prepared_for_want_of_memory_say_so() -> None:
+    def hungry(batch: Batch) -> Batch:
+        grown: Tensor = torch.empty(2**58)
+        return {**batch, "image": grown}
+
+    found = training_batches(Together(2**20), launch("cpu"), hungry, steps=range(1), batch_size=4, workers=0)
+    with pytest.raises(UserError, match="A batch of 4 patches does not fit into memory; use a smaller batch_size"):
+        next(found)
