@@ -294,6 +294,25 @@ def test_off_the_cpu_nothing_waits_for_data(spatial: tuple[int, ...], fill: Fill
     assert corrupted.shape == target.shape == x.shape
 
 
+@pytest.mark.parametrize("images_at_once", [1, 3])
+def test_a_large_batch_is_corrupted_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch, images_at_once: int) -> None:
+    x = images(7, 1, 30, 24, 20)
+    whole, generator = BatchGenerator(keys(7)), BatchGenerator(keys(7))
+    expected = Corruption()(x, whole)
+    sizes = []
+    change = LocalShuffle.apply
+
+    def noted(self: LocalShuffle, x: Tensor, params: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return change(self, x, params)
+
+    monkeypatch.setattr(LocalShuffle, "apply", noted)
+    monkeypatch.setattr(corruption, "AT_ONCE", images_at_once * 30 * 24 * 20)
+    assert all(map(torch.equal, Corruption()(x, generator), expected))
+    assert max(sizes) <= images_at_once
+    assert torch.equal(whole.uniform(1), generator.uniform(1))  # both go on from the same place
+
+
 def test_a_generator_used_again_corrupts_differently() -> None:
     x, generator = images(1, 1, 30, 30), BatchGenerator(keys(1))
     corruption = Corruption(1.0, 1.0, 1.0, 1.0)

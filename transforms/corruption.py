@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from .nonlinear import BezierNonlinearity
 from .paint import Fill, Paint
 from .random import BatchGenerator
 from .shuffle import LocalShuffle
+
+# Voxels that a CPU works on at once, some 100 bytes each: those of a large batch would not stay in its cache, and take
+# 1.6 times as long (measured with 64 patches of 64×64×32 on one thread; 2^18 is as good).
+AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,20 @@ class Corruption:
         ]
         own, *streams = generator.split(1 + len(steps))  # a rate changes nothing about the other transforms
         chances = generator.uniform(len(steps)).unbind(1)
-        corrupted = target = Flip(self.flip)(x, own) if self.flip > 0 else x
-        for (rate, transform), chance, stream in zip(steps, chances, streams, strict=True):
-            if rate > 0:
-                corrupted = change_some(corrupted, chance < rate, partial(_on, transform, stream))
+
+        def change(part: slice) -> tuple[Tensor, Tensor]:
+            corrupted = target = Flip(self.flip)(x[part], own.select(part)) if self.flip > 0 else x[part]
+            for (rate, transform), chance, stream in zip(steps, chances, streams, strict=True):
+                if rate > 0:
+                    of_some = partial(_on, transform, stream.select(part))
+                    corrupted = change_some(corrupted, chance[part] < rate, of_some)
+            return corrupted, target
+
+        size = max(1, AT_ONCE // prod(x.shape[1:])) if x.device.type == "cpu" else len(x)
+        if size >= len(x):
+            return change(slice(None))
+        parts = [change(slice(first, first + size)) for first in range(0, len(x), size)]
+        corrupted, target = map(torch.cat, zip(*parts, strict=True))
         return corrupted, target
 
 
