@@ -123,13 +123,19 @@ class ResidentVolumes:
         image = torch.empty(len(volume), self.channels, *box, device=self.device)
         padding = torch.empty(len(volume), device=self.device)
         first, end = 0, len(volume) - int(looked_up.sum())
+        if end:
+            room = widths[:end].amax(0).tolist()
+            weights, outside = _weights(whole[:end], exact[:end], room, box)
+            padding[whole[:end, 7]] = outside
         while first < end:
             widest = widths[first:end].cummax(0).values
             voxels = widest.prod(1) * torch.arange(1, len(widest) + 1) * self.channels
             together = max(1, int((voxels <= AT_ONCE[self.device.type]).sum()))
             part = slice(first, first + together)
             place = whole[part, 7]
-            image[place], padding[place] = self._cut(whole[part], exact[part], widest[together - 1].tolist(), box)
+            count = widest[together - 1].tolist()
+            along = (weight[part, :, :most] for weight, most in zip(weights, count, strict=True))
+            image[place] = resample(self._read(whole[part], count), *along)
             first += together
         if end < len(volume):
             from .triton_cut import cut
@@ -139,12 +145,9 @@ class ResidentVolumes:
             cut(self._voxels, self._offset, line, whole[end:], exact[end:], most, image, padding)
         return image.squeeze(4) if len(size) == 2 else image, padding
 
-    def _cut(
-        self, whole: Int[Tensor, "b 11"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
-    ) -> tuple[Float[Tensor, "b c nx ny nz"], Float[Tensor, " b"]]:
+    def _read(self, whole: Int[Tensor, "b 11"], count: list[int]) -> Float[Tensor, "b c x y z"]:
+        """`count` windowed voxels from each patch's start on."""
         number, start, shape = whole[:, 0], whole[:, 1:4], whole[:, 4:7]
-        centre, extent, spacing = exact.split(3, 1)
-        weights, outside = box_weights(box, centre, extent, spacing, shape, start, count)
         voxels = (start[:, axis, None] + torch.arange(count[axis], device=self.device) for axis in range(2))
         x, y = (torch.minimum(along, shape[:, axis, None] - 1) for axis, along in enumerate(voxels))
         plane = torch.arange(self.channels, device=self.device)[:, None] * shape[:, 0, None, None] + x[:, None]
@@ -152,8 +155,7 @@ class ResidentVolumes:
         runs = runs * shape[:, 2, None, None, None] + (self._offset[number] + start[:, 2])[:, None, None, None]
         stored = self._voxels.unfold(0, count[2], 1)[runs]  # (b, c, x, y, z)
         lift, gain, bias = (values[number, :, None, None, None] for values in (self._lift, self._gain, self._bias))
-        windowed = stored.float().add_(lift).mul_(gain).add_(bias).clamp_(0, 1)
-        return resample(windowed, *weights), outside
+        return stored.float().add_(lift).mul_(gain).add_(bias).clamp_(0, 1)
 
 
 class ResidentPatches(Dataset[Sample]):
@@ -176,6 +178,13 @@ class ResidentPatches(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+
+def _weights(
+    whole: Int[Tensor, "b 11"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
+) -> tuple[list[Float[Tensor, "b n n_local"]], Float[Tensor, " b"]]:
+    centre, extent, spacing = exact.split(3, 1)
+    return box_weights(box, centre, extent, spacing, whole[:, 4:7], whole[:, 1:4], count)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:
