@@ -122,12 +122,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--warm-up", type=int, default=20, help="first steps of each turn, which do not count")
     parser.add_argument(
-        "--row", type=int, help="steps in a row whose mean counts (default: 40 on the CPU, 120 on CUDA)"
+        "--row", type=int, help="steps whose mean counts (default: 40 on the CPU, of 8 made at once; 120 on CUDA)"
     )
     parser.add_argument("--turns", type=int, help="default: 4 on the CPU, 2 on CUDA")
     options = parser.parse_args()
     cuda = options.device == "cuda"
-    options.turns, options.row = options.turns or (2 if cuda else 4), options.row or (120 if cuda else 40)
+    options.turns = options.turns or (2 if cuda else 4)
+    options.row = min(options.row or (120 if cuda else 40), options.steps - options.warm_up)
     if not cuda:
         torch.set_num_threads(cores())
     METHODS["semantic_genesis"] = stamped

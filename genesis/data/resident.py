@@ -23,8 +23,8 @@ from .workers import available_cores, host_memory, in_processes
 
 # Of a device's memory. On a GPU the network and its activations need the rest; what a CPU's has the processes share.
 AUTO_SHARE = {"cpu": 0.03, "cuda": 0.5}
-# Voxels read at once, which bounds the memory beside the volumes: some 30 bytes each. They are to fit a CPU's cache:
-# 2^20 is measured to cut a batch of the sample in 3/4 of the time of 2^19, and far faster than 2^25.
+# Voxels read, and weights made, at once, which bounds the memory beside the volumes: some 30 bytes each. They are to
+# fit a CPU's cache: 2^20 is measured to cut a batch of the sample in 3/4 of the time of 2^19, and far faster than 2^25.
 AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 # Stored voxels of which one of a patch may be made when all are looked up for each anew, as on CUDA; to make it axis by
 # axis, which takes some launches more, is faster from about there on.
@@ -122,21 +122,12 @@ class ResidentVolumes:
 
         image = torch.empty(len(volume), self.channels, *box, device=self.device)
         padding = torch.empty(len(volume), device=self.device)
-        first, end = 0, len(volume) - int(looked_up.sum())
-        if end:
-            room = widths[:end].amax(0).tolist()
-            weights, outside = _weights(whole[:end], exact[:end], room, box)
-            padding[whole[:end, 7]] = outside
-        while first < end:
-            widest = widths[first:end].cummax(0).values
-            voxels = widest.prod(1) * torch.arange(1, len(widest) + 1) * self.channels
-            together = max(1, int((voxels <= AT_ONCE[self.device.type]).sum()))
-            part = slice(first, first + together)
-            place = whole[part, 7]
-            count = widest[together - 1].tolist()
-            along = (weight[part, :, :most] for weight, most in zip(weights, count, strict=True))
-            image[place] = resample(self._read(whole[part], count), *along)
-            first += together
+        end = len(volume) - int(looked_up.sum())
+        weights = int((widths[:end] * torch.tensor(box)).sum(1).max()) if end else 1
+        together = max(1, AT_ONCE[self.device.type] // weights)
+        for first in range(0, end, together):
+            part = slice(first, min(end, first + together))
+            self._cut(whole[part], exact[part], widths[part], image, padding)
         if end < len(volume):
             from .triton_cut import cut
 
@@ -144,6 +135,29 @@ class ResidentVolumes:
             most = int(reach[looked_up].max())
             cut(self._voxels, self._offset, line, whole[end:], exact[end:], most, image, padding)
         return image.squeeze(4) if len(size) == 2 else image, padding
+
+    def _cut(
+        self,
+        whole: Int[Tensor, "b 11"],
+        exact: Float64[Tensor, "b 9"],
+        widths: Int[Tensor, "b 3"],
+        image: Float[Tensor, "n c nx ny nz"],
+        padding: Float[Tensor, " n"],
+    ) -> None:
+        """Some patches, the largest first, into their places; their weights are made at once, those of all axes."""
+        centre, extent, spacing = exact.split(3, 1)
+        count = widths.amax(0).tolist()
+        weights, outside = box_weights(image.shape[2:], centre, extent, spacing, whole[:, 4:7], whole[:, 1:4], count)
+        padding[whole[:, 7]] = outside
+        first = 0
+        while first < len(whole):
+            widest = widths[first:].cummax(0).values
+            voxels = widest.prod(1) * torch.arange(1, len(widest) + 1) * self.channels
+            together = max(1, int((voxels <= AT_ONCE[self.device.type]).sum()))
+            part, count = slice(first, first + together), widest[together - 1].tolist()
+            along = (weight[part, :, :most] for weight, most in zip(weights, count, strict=True))
+            image[whole[part, 7]] = resample(self._read(whole[part], count), *along)
+            first += together
 
     def _read(self, whole: Int[Tensor, "b 11"], count: list[int]) -> Float[Tensor, "b c x y z"]:
         """`count` windowed voxels from each patch's start on."""
@@ -178,13 +192,6 @@ class ResidentPatches(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
-
-
-def _weights(
-    whole: Int[Tensor, "b 11"], exact: Float64[Tensor, "b 9"], count: list[int], box: tuple[int, ...]
-) -> tuple[list[Float[Tensor, "b n n_local"]], Float[Tensor, " b"]]:
-    centre, extent, spacing = exact.split(3, 1)
-    return box_weights(box, centre, extent, spacing, whole[:, 4:7], whole[:, 1:4], count)
 
 
 def _to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import TrainingAlarm, UserError
+from ..errors import TrainingAlarm
 from .launch import worker_count
-from .memory import is_out_of_memory
 from .method import Batch, parts_of
 
 if TYPE_CHECKING:
@@ -39,10 +38,11 @@ def training_batches(
     """This process' share of the batch of each of these steps, on its device, as `prepare` leaves it.
 
     Step s has the samples s * batch_size … (s + 1) * batch_size - 1, of which every process takes an equal slice. With
-    which others they are made, and so how they are rounded, does not depend on the steps asked for.
-
-    Raises `UserError` when there is not enough memory to make them.
+    which others they are made, and so how they are rounded, does not depend on the steps asked for; so samples of some
+    steps before and after those may be made, too.
     """
+    if not steps:
+        return iter(())
     share = batch_size // fabric.world_size
     together = _steps_at_once(samples, fabric.device, share)
     begin = steps.start - steps.start % together
@@ -54,7 +54,7 @@ def training_batches(
 
     def batches() -> Iterator[Batch]:
         for block in _loader(samples, fabric, workers, batch_sampler=slices()):
-            yield from parts_of(_on_device(block, fabric, prepare), together)
+            yield from parts_of(prepare(fabric.to_device(block)), together)
 
     return islice(batches(), steps.start - begin, steps.stop - begin)
 
@@ -144,16 +144,7 @@ class _Prepared:
     prepare: Callable[[Batch], Batch]
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_on_device(batch, self.fabric, self.prepare) for batch in self.loader)
-
-
-def _on_device(batch: Batch, fabric: "Fabric", prepare: Callable[[Batch], Batch]) -> Batch:
-    try:
-        return prepare(fabric.to_device(batch))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    raise UserError(f"A batch of {len(batch['image'])} patches does not fit into memory; use a smaller batch_size.")
+        return (self.prepare(self.fabric.to_device(batch)) for batch in self.loader)
 
 
 def _steps_at_once(samples: Dataset[Batch], device: torch.device, share: int) -> int:

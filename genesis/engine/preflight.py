@@ -30,7 +30,7 @@ class Estimate:
 
     measured: number of steps.
     seconds: of a step.
-    waited: share of it that the device waits for data.
+    waited: share of it that the device waits for batches, or makes them.
     peak_bytes, usable_bytes: of device memory, on the CPU host memory; of one process.
     largest_batch: over all processes, that fits into it.
     disk_bytes: three checkpoints, one of them without the optimizer, one more while it is written, and the metrics.
@@ -67,10 +67,12 @@ def measure(
     fabric = launch(device)
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
     method.train()
-    at_rest = held_bytes(fabric.device)
     prepare = method.prepare
     batches = training_batches(train, fabric, prepare, steps=range(10_000), batch_size=batch_size, workers=workers)
-    for step in range(WARM_UP):
+    batch = next(batches)  # on a CPU, of several steps: what that takes does not grow with the batch
+    at_rest = held_bytes(fabric.device)
+    take_step(batch, 0)
+    for step in range(1, WARM_UP):
         take_step(next(batches), step)
     _finish(fabric.device)
 

@@ -24,7 +24,7 @@ class ContrastiveMethod(Method):
         views: makes the two views, on the device, from each sample's own random key.
         parts: in which a batch is embedded, one after the other; the loss sees all of it. Only embeddings are kept for
             the backward pass, which computes the rest part by part a second time (Gao et al., 2021, gradient caching):
-            memory for one part, a third more time, and the gradient of the whole batch.
+            memory for one part beside all views, a third more time, and the gradient of the whole batch.
     """
 
     def __init__(self, backbone: Backbone, views: MultiCrop, *, parts: int = 1) -> None:
