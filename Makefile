@@ -36,7 +36,7 @@ chaos: .venv/installed
 fuzz: .venv/installed
 	GENESIS_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
-# Each writes benchmarks/results/NAME.json; about eight minutes on two quiet cores.
+# Each writes benchmarks/results/NAME.json; about nine minutes on two quiet cores.
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
