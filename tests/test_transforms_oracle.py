@@ -102,7 +102,7 @@ def test_where_shuffled_voxels_come_from(spatial: tuple[int, ...], images: int) 
 def test_number_of_windows(spatial: tuple[int, ...]) -> None:
     forms = forms_of(spatial, torch.device("cpu"))
     assert forms.windows == oracles.shuffle_windows(spatial)
-    assert len(forms.volumes) == math.prod(max(1, dim // 10) for dim in spatial)
+    assert len(forms.starts) == math.prod(max(1, dim // 10) for dim in spatial)
 
 
 def test_shuffling_reaches_the_border_as_often() -> None:

@@ -1,14 +1,13 @@
 """The corruption that self-restoration undoes (Zhou et al., Models Genesis, MICCAI 2019)."""
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import Transform, change_some
+from .base import change_some
 from .flip import Flip
 from .fused import kernels
 from .nonlinear import BezierNonlinearity
@@ -50,21 +49,11 @@ class Corruption:
             from .triton_corruption import corrupt
 
             return corrupt(self, x, generator)
-        steps: list[tuple[float, Transform]] = [
-            (self.shuffle, LocalShuffle()),
-            (self.nonlinear, BezierNonlinearity()),
-            (self.paint, Paint(self.outpaint, self.paint_fill)),
-        ]
-        own, *streams = generator.split(1 + len(steps))  # a rate changes nothing about the other transforms
-        chances = generator.uniform(len(steps)).unbind(1)
+        streams = generator.split(4)  # a rate changes nothing about the other transforms
+        chances = generator.uniform(3)
 
         def change(part: slice) -> tuple[Tensor, Tensor]:
-            corrupted = target = Flip(self.flip)(x[part], own.select(part)) if self.flip > 0 else x[part]
-            for (rate, transform), chance, stream in zip(steps, chances, streams, strict=True):
-                if rate > 0:
-                    of_some = partial(_on, transform, stream.select(part))
-                    corrupted = change_some(corrupted, chance[part] < rate, of_some)
-            return corrupted, target
+            return self._change(x[part], chances[part], *(stream.select(part) for stream in streams))
 
         size = max(1, AT_ONCE // prod(x.shape[1:])) if x.device.type == "cpu" else len(x)
         if size >= len(x):
@@ -73,6 +62,34 @@ class Corruption:
         corrupted, target = map(torch.cat, zip(*parts, strict=True))
         return corrupted, target
 
+    def _change(
+        self,
+        x: Float[Tensor, "b c *spatial"],
+        chances: Float[Tensor, "b 3"],
+        for_flip: BatchGenerator,
+        for_shuffle: BatchGenerator,
+        for_curve: BatchGenerator,
+        for_paint: BatchGenerator,
+    ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
+        shuffled, curved, painted = chances.unbind(1)
+        corrupted = target = Flip(self.flip)(x, for_flip) if self.flip > 0 else x
+        painting = None
+        if self.paint > 0:  # drawn first, for what it hides need not be shuffled
+            painting = Paint(self.outpaint, self.paint_fill).sample(x.shape, for_paint)
+            painting.painted.logical_and_((painted < self.paint).view(-1, *(1,) * (x.ndim - 2)))
 
-def _on(transform: Transform, generator: BatchGenerator, images: Tensor, samples: Tensor) -> Tensor:
-    return transform(images, generator.select(samples))
+        def shuffle(images: Tensor, samples: Tensor) -> Tensor:
+            needed = None if painting is None else ~painting.painted[samples]
+            source = LocalShuffle().sample(images.shape, for_shuffle.select(samples), needed)
+            return LocalShuffle().apply(images, source)
+
+        def curve(images: Tensor, samples: Tensor) -> Tensor:
+            return BezierNonlinearity()(images, for_curve.select(samples))
+
+        if self.shuffle > 0:
+            corrupted = change_some(corrupted, shuffled < self.shuffle, shuffle)
+        if self.nonlinear > 0:
+            corrupted = change_some(corrupted, curved < self.nonlinear, curve)
+        if painting is not None:
+            corrupted = Paint().apply(corrupted, painting)
+        return corrupted, target

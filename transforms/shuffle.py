@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int16, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -19,7 +19,7 @@ from .random import BatchGenerator
 COVERAGE = 1.87  # voxels of all windows / voxels of the image
 TURNS, ROUNDS_PER_TURN = 3, 3
 ROUNDS = TURNS * ROUNDS_PER_TURN  # in 2^-9 of all cases two voxels of a window stay as they were to each other
-WORDS = 1 + TURNS  # random int16 per window
+SPREAD = 0x2C1B3C6D  # odd: a word times it is another word, whose upper bits depend on all bits of the first
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class LocalShuffle(Transform[Tensor]):
     Parameters: (B, *spatial) int64, the flat index of the voxel that each voxel shows.
     """
 
-    def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Int64[Tensor, "b *spatial"]:
+    def sample(
+        self, shape: Sequence[int], generator: BatchGenerator, needed: Bool[Tensor, "b *spatial"] | None = None
+    ) -> Int64[Tensor, "b *spatial"]:
+        """As `Transform.sample`; what voxels show that are not `needed` does not matter, which spares the CPU work."""
         batch, _, *spatial = shape
         forms = forms_of(tuple(spatial), generator.device)
         fused = kernels(generator.device)
         if fused is not None:
-            numbers = (1 + len(spatial) + WORDS // 2) * forms.windows
-            return fused.sources(*generator.take(numbers), forms).view(batch, *spatial)
+            return fused.sources(*generator.take(forms.numbers), forms).view(batch, *spatial)
         # Off the CPU the number of slots must not depend on the draws: the host would have to wait for the device.
         slots = None if generator.device.type == "cpu" else forms.slots(batch)
-        source = _sources(_draw(forms, generator, slots), forms).view(batch, -1)
+        source = _sources(_draw(forms, generator, slots), forms, needed).view(batch, -1)
         first = torch.arange(0, source.numel(), source.shape[1], device=source.device)
         return source.long().sub_(first.unsqueeze(1)).view(batch, *spatial)
 
@@ -58,13 +60,8 @@ class Forms(NamedTuple):
 
     spatial: tuple[int, ...]
     windows: int  # per image
-    mean: float  # of the windows' volumes
-    variance: float
-    largest: int  # of the volumes
-    dtype: torch.dtype  # integers that hold twice that
-    volumes: Int32[Tensor, "forms"]
-    places: Float[Tensor, "axes forms"]  # how many along each axis
-    strides: Int32[Tensor, "axes"]  # of the image
+    longest: tuple[int, ...]  # side along each axis
+    dtype: torch.dtype  # integers that hold twice the largest volume
     starts: Int32[Tensor, "forms"]  # of each form in the offsets
     offsets: Int32[Tensor, "offsets"]  # flat indices of the voxels of each form relative to its corner, and a last 0
 
@@ -73,16 +70,25 @@ class Forms(NamedTuple):
         return math.prod(self.spatial)
 
     @property
-    def tables(self) -> tuple[Tensor, ...]:
-        return self.volumes, self.places, self.strides, self.starts, self.offsets
+    def largest(self) -> int:
+        """Voxels of the largest window."""
+        return math.prod(self.longest)
+
+    @property
+    def numbers(self) -> int:
+        """Random numbers per image: of each window one per axis, for side and place, and one for its permutation."""
+        return (len(self.spatial) + 1) * self.windows
 
     def slots(self, batch: int) -> int:
         """The voxels of all windows of a batch, an upper bound: the mean and eight standard deviations."""
-        return math.ceil(batch * self.windows * self.mean + 8 * math.sqrt(batch * self.windows * self.variance))
+        mean = math.prod((1 + side) / 2 for side in self.longest)
+        variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in self.longest) - mean**2
+        windows = batch * self.windows
+        return math.ceil(windows * mean + 8 * math.sqrt(windows * variance))
 
 
 class _Windows(NamedTuple):
-    """The windows of a batch in the order of pasting, and a last one, outside of all images, that takes unused slots.
+    """The windows of a batch in the order of pasting.
 
     A slot is one voxel of one window. Slots are numbered window by window, so a voxel shows its greatest slot.
     """
@@ -93,106 +99,119 @@ class _Windows(NamedTuple):
     first_slots: Int32[Tensor, "windows"]
     starts: Int32[Tensor, "windows"]  # of the window's form in the forms' offsets
     corners: Int32[Tensor, "windows"]  # flat indices in the batch
-    words: Int16[Tensor, "words windows"]  # random
+    words: Int32[Tensor, "windows"]  # random, for the permutations
 
 
 @lru_cache(maxsize=32)
 def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
-    longest = [max(1, dim // 10) for dim in spatial]
+    longest = tuple(max(1, dim // 10) for dim in spatial)
     mean = math.prod((1 + side) / 2 for side in longest)
-    variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in longest) - mean**2
     windows = 10_000 if spatial == (64, 64, 32) else round(COVERAGE * math.prod(spatial) / mean)
-    sides = list(product(*(range(1, side + 1) for side in longest)))
     index = torch.arange(math.prod(spatial), dtype=torch.int32).view(spatial)
+    sides = product(*(range(1, side + 1) for side in longest))
     offsets = [index[tuple(slice(side) for side in form)].flatten() for form in sides]
-    volumes, strides = torch.tensor([len(form) for form in offsets]), torch.tensor(index.stride())
-    largest = int(volumes[-1])
+    volumes = torch.tensor([len(form) for form in offsets])
     return Forms(
         spatial,
         windows,
-        mean,
-        variance,
-        largest,
-        torch.int16 if largest < 2**14 else torch.int32,
-        volumes.int().to(device),
-        (torch.tensor(spatial) - torch.tensor(sides) + 1).T.float().contiguous().to(device),
-        strides.int().to(device),
+        longest,
+        torch.int16 if math.prod(longest) < 2**14 else torch.int32,
         (volumes.cumsum(0) - volumes).int().to(device),
         torch.cat((*offsets, offsets[0])).to(device),
     )
 
 
 def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
-    """Random windows with `slots` in all (None: as many as they take); what goes beyond is cut off."""
-    form, *places = generator.uniform(1 + len(forms.spatial), forms.windows).transpose(0, 1).flatten(1)
-    words = generator.bits(WORDS // 2, forms.windows).view(torch.int16).view(len(generator), WORDS, forms.windows)
-    form = (form * len(forms.volumes)).int()  # sides are independent and uniform, hence forms equally likely
-    corners = torch.arange(len(generator), dtype=torch.int32, device=form.device).mul_(forms.voxels)
-    corners = corners.repeat_interleave(forms.windows)
-    for axis, place in enumerate(places):
-        place = (place * forms.places[axis].index_select(0, form)).int()
-        corners += place.mul_(forms.strides[axis])
-    ends = forms.volumes.index_select(0, form).cumsum(0, dtype=torch.int32)
+    """Random windows; with `slots`, so many in all: what goes beyond is cut off, what is left a last window takes.
+
+    That one is outside of all images.
+    """
+    *draws, words = generator.bits(1 + len(forms.spatial), forms.windows).unbind(1)
+    volume, form = torch.ones_like(words), torch.zeros_like(words)
+    corner = torch.arange(len(words), dtype=torch.int32, device=words.device)  # of the image so far, among images
+    corner = corner.unsqueeze(1).repeat(1, forms.windows)
+    for draw, dim, longest in zip(draws, forms.spatial, forms.longest, strict=True):
+        beyond = (draw & 0xFFFF).mul_(longest) >> 16  # the voxels of a side after its first
+        place = ((draw >> 16) & 0xFFFF).mul_(dim - beyond) >> 16
+        volume.addcmul_(volume, beyond)
+        form.mul_(longest).add_(beyond)
+        corner.mul_(dim).add_(place)
+    volumes, starts = volume.flatten(), forms.starts.index_select(0, form.flatten())
+    corners, words = corner.flatten(), words.flatten()
+    ends = volumes.cumsum(0, dtype=torch.int32)
     if slots is None:
-        slots = int(ends[-1])
+        return _Windows(len(generator), int(ends[-1]), volumes, ends - volumes, starts, corners, words)
     first_slots = pad(ends.clamp_(max=slots), (1, 0))
     return _Windows(
         len(generator),
         slots,
         pad(ends, (0, 1), value=slots) - first_slots,
         first_slots,
-        pad(forms.starts.index_select(0, form), (0, 1), value=len(forms.offsets)),
+        pad(starts, (0, 1), value=len(forms.offsets)),
         pad(corners, (0, 1), value=len(generator) * forms.voxels),
-        pad(words.transpose(0, 1).flatten(1), (0, 1)),
+        pad(words, (0, 1)),
     )
 
 
-def _sources(windows: _Windows, forms: Forms) -> Int32[Tensor, "voxels"]:
+def _sources(
+    windows: _Windows, forms: Forms, needed: Bool[Tensor, "b *spatial"] | None = None
+) -> Int32[Tensor, "voxels"]:
     """The voxel that each voxel of the batch shows, as flat indices in the batch."""
-    window = torch.repeat_interleave(windows.volumes, output_size=windows.slots)
-    slot = torch.arange(windows.slots, dtype=torch.int32, device=window.device)
-    offset = (windows.starts - windows.first_slots).index_select(0, window).add_(slot)
+    bits = len(forms.offsets).bit_length()  # of a slot's place in the offsets; its window is above them
+    wide = torch.int32 if len(windows.volumes) << bits < 2**31 else torch.int64
+    window = torch.repeat_interleave(windows.volumes.to(wide), output_size=windows.slots)
+    offset, corner = _both(windows.starts - windows.first_slots, windows.corners, window)
+    offset += torch.arange(windows.slots, dtype=torch.int32, device=window.device)
     offset.clamp_(max=len(forms.offsets) - 1)
-    voxel = forms.offsets.index_select(0, offset).add_(windows.corners.index_select(0, window))
+    voxel = forms.offsets.index_select(0, offset).add_(corner)
     own = torch.arange(windows.images * forms.voxels, dtype=torch.int32, device=window.device)
-    shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
-    shown = shown.scatter_reduce_(0, voxel.long(), slot, "amax")[:-1]
+    shown = window.new_full((len(own) + 1,), -1)
+    shown = shown.scatter_reduce_(0, voxel.long(), (window << bits).bitwise_or_(offset), "amax")[:-1]
+    moved = None
+    if needed is not None and own.device.type == "cpu":  # elsewhere the host would have to wait for their number
+        moved = ((shown >= 0) & needed.flatten()).nonzero().squeeze(1)
+        shown = shown.index_select(0, moved)
     slot = shown.clamp(min=0)
-    window = window.index_select(0, slot)
-    first_slot = windows.first_slots.index_select(0, window)
-    position = _permute(slot.sub_(first_slot), window, windows.volumes, windows.words, forms.dtype)
-    source = voxel.index_select(0, position.add_(first_slot))
-    return source ^ (source ^ own).bitwise_and_(shown >> 31)  # where no window covers it, a voxel shows itself
+    window, offset = slot >> bits, slot.int().bitwise_and_(2**bits - 1)
+    start, corner = _both(windows.starts, windows.corners, window)
+    volume, word = _both(windows.volumes, windows.words, window)
+    position = offset.sub_(start).clamp_(min=0).to(forms.dtype)
+    position = _permute(position, volume.to(forms.dtype), word)
+    source = forms.offsets.index_select(0, start.add_(position)).add_(corner)
+    if moved is not None:
+        return own.index_copy_(0, moved, source)
+    return torch.where(shown < 0, own, source)  # where no window covers it, a voxel shows itself
 
 
-def _permute(
-    position: Int32[Tensor, "n"],
-    window: Int32[Tensor, "n"],
-    volumes: Int32[Tensor, "windows"],
-    words: Int16[Tensor, "words windows"],
-    dtype: torch.dtype,
-) -> Int32[Tensor, "n"]:
-    """Maps each position, 0 to volume - 1, of each window by a random permutation, one per window.
+def _both(
+    one: Int32[Tensor, "windows"], other: Int32[Tensor, "windows"], window: Int[Tensor, "n"]
+) -> tuple[Int32[Tensor, "n"], Int32[Tensor, "n"]]:
+    """Two numbers of windows, looked up together, which takes a CPU hardly longer than one."""
+    both = torch.stack((one, other), dim=1).view(torch.int64).squeeze(1).index_select(0, window)
+    return both.int(), both.bitwise_right_shift_(32).int()
+
+
+def _permute(position: Int[Tensor, "n"], volume: Int[Tensor, "n"], word: Int32[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """Maps each position, 0 to volume - 1, of a window by a random permutation, which the window's word tells.
 
     The swap-or-not shuffle (Hoang, Morris, Rogaway, CRYPTO 2012), which needs no other positions than those asked for:
     each round turns all positions by a random amount, then swaps p with its opposite, volume - 1 - p, or not, by a
-    random bit that depends on the pair. `dtype` holds twice the largest volume; the smaller, the faster.
+    random bit that depends on the pair. Positions and volumes are of the same integers, which hold twice the largest
+    volume; the smaller, the faster.
     """
-    sign = torch.iinfo(dtype).bits - 1
-    turns = (words[1:].float() + 2**15).mul_(volumes * 2**-16).int().sub_(volumes).to(dtype)  # -volume to -1
-    key = words[0].to(dtype).index_select(0, window)
-    volume = volumes.to(dtype).index_select(0, window)
-    position, last = position.to(dtype), volume - 1
+    sign = torch.iinfo(position.dtype).bits - 1
+    key, last, share = word.to(torch.int16).to(position.dtype), volume - 1, volume * 2.0**-31
     for number in range(ROUNDS):
         if number % ROUNDS_PER_TURN == 0:
-            turn = turns[number // ROUNDS_PER_TURN].index_select(0, window)
+            turn = (word & 0x7FFFFFFF).float().mul_(share).to(position.dtype).sub_(volume)  # -volume to 0
+            word = word * SPREAD
         else:
             turn >>= 1  # mixes as well as a fresh one, which would cost as much as the rest of the round
-        position += turn
+        position = position + turn
         position += (position >> sign).bitwise_and_(volume)
         opposite = last - position
         bit = (opposite * position).add_(key * (2 * number + 12345)).mul_(31153)
         bit ^= bit >> 7
         bit = bit.mul_(-21267).bitwise_right_shift_(sign)  # 0 or -1: none or all of the bits
         position ^= opposite.bitwise_xor_(position).bitwise_and_(bit)
-    return position.int()
+    return position

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import flip, nonlinear, paint, shuffle
 from .random import BatchGenerator
-from .triton_kernels import cover, fraction, hashed, share, source_of, spare_bits, stream
+from .triton_kernels import cover, fraction, hashed, in_3d, share, source_of, spare_bits, stream
 
 if TYPE_CHECKING:
     from .corruption import Corruption
@@ -42,7 +42,7 @@ def corrupt(
     """What `corruption` makes of images of at most 2^27 voxels, which get no gradient."""
     x = x.contiguous()
     images, channels, *spatial = x.shape
-    box, voxels, axes = (*spatial, 1)[:3], x[0, 0].numel(), len(spatial)
+    voxels, axes = x[0, 0].numel(), len(spatial)
     words, first = generator.take(NUMBERS)
     plan = torch.empty((ROWS, images), dtype=torch.int32, device=x.device)
     streams, points, curves = torch.empty_like(words), x.new_empty(0), x.new_empty(0)
@@ -59,17 +59,17 @@ def corrupt(
         if corruption.nonlinear > 0:
             tabulated = images * triton.cdiv(nonlinear.KNOTS, TABULATED)
             _curves[(tabulated,)](words, first, basis, knots, points, curves, TABULATED, **EXACT)
-        tables: tuple[Tensor, ...] = (plan,) * 5
-        shown, sizes = plan, (0, 0, 1, 0)  # without the shuffle nobody reads them
+        shown, starts, offsets, sizes = plan, plan, plan, (0, 1, 0)  # without the shuffle nobody reads them
         if corruption.shuffle > 0:
             forms = shuffle.forms_of(tuple(spatial), x.device)
             shown = cover(streams, 0, forms, plan[SHUFFLED.value])
-            tables = forms.tables
-            sizes = forms.windows, len(forms.volumes), forms.largest, spare_bits(forms)
+            starts, offsets = forms.starts, forms.offsets
+            sizes = forms.windows, forms.largest, spare_bits(forms)
         which = corruption.flip > 0, corruption.shuffle > 0, corruption.nonlinear > 0, corruption.paint > 0
         _corrupt[(images * triton.cdiv(voxels, VOXELS),)](
-            x, corrupted, target, words, first, plan, streams, curves, shown, *tables,
-            images, voxels, *sizes, axes, channels, *box, *which, corruption.paint_fill == "constant", VOXELS, **EXACT,
+            x, corrupted, target, words, first, plan, streams, curves, shown, starts, offsets,
+            images, voxels, *sizes, axes, channels, *in_3d(spatial),
+            *which, corruption.paint_fill == "constant", VOXELS, **EXACT,
         )  # fmt: skip
     return corrupted, target
 
@@ -160,8 +160,8 @@ def _curves(words, first, basis, knots, points, curves, TABULATED: tl.constexpr)
 @triton.jit(do_not_specialize=["first", "images"])
 @no_type_check
 def _corrupt(
-    x, corrupted, target, words, first, plan, streams, curves, shown, volumes, places, strides, starts, offsets,
-    images, voxels, windows, forms, LARGEST: tl.constexpr, SPARE: tl.constexpr,
+    x, corrupted, target, words, first, plan, streams, curves, shown, starts, offsets,
+    images, voxels, windows, LARGEST: tl.constexpr, SPARE: tl.constexpr,
     AXES: tl.constexpr, CHANNELS: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr,
     FLIPPING: tl.constexpr, SHUFFLING: tl.constexpr, CURVING: tl.constexpr, PAINTING: tl.constexpr,
     CONSTANT: tl.constexpr, VOXELS: tl.constexpr,
@@ -177,9 +177,8 @@ def _corrupt(
             own_low, own_high = stream(streams, image)
             last = tl.load(shown + image.to(tl.int64) * voxels + voxel, inside, -1)
             source = source_of(
-                voxel, last, own_low, own_high, 0, volumes, places, strides, starts, offsets,
-                windows, forms, AXES, LARGEST, SPARE,
-            )  # fmt: skip
+                voxel, last, own_low, own_high, 0, starts, offsets, windows, LARGEST, SPARE, AXES, NX, NY, NZ
+            )
     curved = tl.load(plan + CURVED * images) == 1
     covering = _covering(voxel, plan, images, NY, NZ) if PAINTING else voxel
     painted = tl.load(plan + PAINTED * images)

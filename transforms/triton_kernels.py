@@ -3,6 +3,7 @@
 Importing it needs Triton. Random numbers are hashed where they are needed, which is faster than to read them.
 """
 
+from collections.abc import Sequence
 from typing import Any, no_type_check  # Triton reads the source of its functions: nothing may wrap them
 
 import torch
@@ -15,7 +16,8 @@ from . import random, shuffle
 
 WEYL, FIRST, SECOND = tl.constexpr(random.WEYL), tl.constexpr(random.FIRST), tl.constexpr(random.SECOND)
 TURNS, ROUNDS_PER_TURN = tl.constexpr(shuffle.TURNS), tl.constexpr(shuffle.ROUNDS_PER_TURN)
-OF_INT16, OF_FRACTION = tl.constexpr(2**-16), tl.constexpr(2**-24)
+SPREAD = tl.constexpr(shuffle.SPREAD)
+OF_INT31, OF_FRACTION = tl.constexpr(2**-31), tl.constexpr(2**-24)
 # What one program does:
 NUMBERS = 1024
 POSITIONS, ITEMS = 32, 1024  # so many voxels of a window at a time; items are these, of all windows
@@ -48,11 +50,11 @@ def sources(words: Int32[Tensor, "b 2"], first: int, forms: shuffle.Forms) -> In
     images, voxels = len(words), forms.voxels
     shown = cover(words, first, forms)
     source = torch.empty((images, voxels), dtype=torch.int64, device=words.device)
-    sizes = forms.windows, len(forms.volumes), voxels, len(forms.spatial), forms.largest
     with torch.cuda.device_of(words):
         _shuffle[(images * triton.cdiv(voxels, VOXELS),)](
-            words, first, *forms.tables, shown, source, *sizes, spare_bits(forms), VOXELS
-        )
+            words, first, forms.starts, forms.offsets, shown, source, forms.windows, voxels,
+            forms.largest, spare_bits(forms), len(forms.spatial), *in_3d(forms.spatial), VOXELS,
+        )  # fmt: skip
     return source
 
 
@@ -65,12 +67,17 @@ def cover(
     """
     images, voxels = len(words), forms.voxels
     shown = torch.full((images, voxels), -1, dtype=torch.int32, device=words.device)
-    sizes = forms.windows, len(forms.volumes), voxels, len(forms.spatial), forms.largest
     with torch.cuda.device_of(words):
         _cover[(images * triton.cdiv(forms.windows * POSITIONS, ITEMS),)](
-            words, first, *forms.tables, shown, drawn, *sizes, POSITIONS, ITEMS
-        )
+            words, first, forms.starts, forms.offsets, shown, drawn, forms.windows, voxels,
+            forms.largest, len(forms.spatial), *in_3d(forms.spatial), POSITIONS, ITEMS,
+        )  # fmt: skip
     return shown
+
+
+def in_3d(spatial: Sequence[int]) -> tuple[int, ...]:
+    """Sides in 3D of images in 2D or 3D."""
+    return (*spatial, 1)[:3]
 
 
 def spare_bits(forms: shuffle.Forms) -> int:
@@ -116,8 +123,9 @@ def _uniform(words, first, numbers, count, NUMBERS: tl.constexpr):
 @triton.jit(do_not_specialize=["first"])
 @no_type_check
 def _cover(
-    words, first, volumes, places, strides, starts, offsets, shown, drawn,
-    windows, forms, voxels, AXES: tl.constexpr, LARGEST: tl.constexpr, POSITIONS: tl.constexpr, ITEMS: tl.constexpr,
+    words, first, starts, offsets, shown, drawn, windows, voxels, LARGEST: tl.constexpr,
+    AXES: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr,
+    POSITIONS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     image, item = share(windows * POSITIONS, ITEMS)
     if drawn is not None:  # noqa: SIM102  Triton may look at both sides of an "and"
@@ -125,8 +133,8 @@ def _cover(
             return
     window = item // POSITIONS
     low, high = stream(words, image)
-    form, corner = _place(low, high, first, window, places, strides, windows, forms, AXES)
-    volume = tl.where(window < windows, tl.load(volumes + form), 0)
+    volume, form, corner = _place(low, high, first, window, windows, AXES, NX, NY, NZ)
+    volume = tl.where(window < windows, volume, 0)
     start = tl.load(starts + form)
     shown += image.to(tl.int64) * voxels
     for begin in range(0, LARGEST, POSITIONS):
@@ -139,41 +147,38 @@ def _cover(
 @triton.jit(do_not_specialize=["first"])
 @no_type_check
 def _shuffle(
-    words, first, volumes, places, strides, starts, offsets, shown, source,
-    windows, forms, voxels, AXES: tl.constexpr, LARGEST: tl.constexpr, SPARE: tl.constexpr, VOXELS: tl.constexpr,
+    words, first, starts, offsets, shown, source, windows, voxels, LARGEST: tl.constexpr, SPARE: tl.constexpr,
+    AXES: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
     image, voxel = share(voxels, VOXELS)
     low, high = stream(words, image)
     at = image.to(tl.int64) * voxels + voxel
     last = tl.load(shown + at, voxel < voxels, -1)
-    moved = source_of(
-        voxel, last, low, high, first, volumes, places, strides, starts, offsets, windows, forms, AXES, LARGEST, SPARE
-    )
+    moved = source_of(voxel, last, low, high, first, starts, offsets, windows, LARGEST, SPARE, AXES, NX, NY, NZ)
     tl.store(source + at, moved.to(tl.int64), voxel < voxels)
 
 
 @triton.jit
 @no_type_check
 def source_of(
-    voxel, last, low, high, first, volumes, places, strides, starts, offsets,
-    windows, forms, AXES: tl.constexpr, LARGEST: tl.constexpr, SPARE: tl.constexpr,
+    voxel, last, low, high, first, starts, offsets, windows, LARGEST: tl.constexpr, SPARE: tl.constexpr,
+    AXES: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr,
 ):  # fmt: skip
     """The voxel that a voxel shows, where `last` is what `cover` has of it."""
     window, position = tl.maximum(last, 0) // LARGEST, tl.maximum(last, 0) % LARGEST
-    form, corner = _place(low, high, first, window, places, strides, windows, forms, AXES)
-    numbers = first + (1 + AXES) * windows
-    position = _permute(position, tl.load(volumes + form), low, high, numbers, window, windows, SPARE)
+    volume, form, corner = _place(low, high, first, window, windows, AXES, NX, NY, NZ)
+    position = _permute(position, volume, hashed(low, high, first + AXES * windows + window), SPARE)
     return tl.where(last < 0, voxel, corner + tl.load(offsets + tl.load(starts + form) + position))
 
 
 @triton.jit
 @no_type_check
-def _permute(position, volume, low, high, first, window, windows, SPARE: tl.constexpr):
+def _permute(position, volume, word, SPARE: tl.constexpr):
     """`shuffle._permute`, whose integers have SPARE bits less: these are cut off where they would matter."""
-    key = _word(low, high, first, window)
+    key = (word << 16) >> 16
     for number in tl.static_range(TURNS):
-        word = _word(low, high, first, (1 + number) * windows + window)
-        turn = ((word.to(tl.float32) + 32768.0) * (volume.to(tl.float32) * OF_INT16)).to(tl.int32) - volume
+        turn = ((word & 0x7FFFFFFF).to(tl.float32) * (volume.to(tl.float32) * OF_INT31)).to(tl.int32) - volume
+        word *= SPREAD
         for again in tl.static_range(ROUNDS_PER_TURN):
             position += turn
             position += (position >> 31) & volume
@@ -189,21 +194,22 @@ def _permute(position, volume, low, high, first, window, windows, SPARE: tl.cons
 
 @triton.jit
 @no_type_check
-def _place(low, high, first, window, places, strides, windows, forms, AXES: tl.constexpr):
-    """Form and corner of windows, as `shuffle._draw`."""
-    form = (fraction(low, high, first + window) * forms).to(tl.int32)
-    corner = tl.zeros_like(window)
+def _place(
+    low, high, first, window, windows,
+    AXES: tl.constexpr, NX: tl.constexpr, NY: tl.constexpr, NZ: tl.constexpr,
+):  # fmt: skip
+    """Volume, form and corner of windows, as `shuffle._draw`."""
+    volume, form, corner = tl.zeros_like(window) + 1, tl.zeros_like(window), tl.zeros_like(window)
     for axis in tl.static_range(AXES):
-        place = fraction(low, high, first + (1 + axis) * windows + window)
-        corner += (place * tl.load(places + axis * forms + form)).to(tl.int32) * tl.load(strides + axis)
-    return form, corner
-
-
-@triton.jit
-@no_type_check
-def _word(low, high, first, index):
-    """The numbers from `first` on as pairs of int16, lower half first: the one at `index`."""
-    return (hashed(low, high, first + (index >> 1)) << (16 - 16 * (index & 1))) >> 16
+        dim = NX if axis == 0 else (NY if axis == 1 else NZ)
+        longest = dim // 10 if dim >= 10 else 1
+        word = hashed(low, high, first + axis * windows + window)
+        beyond = ((word & 0xFFFF) * longest) >> 16
+        place = (((word >> 16) & 0xFFFF) * (dim - beyond)) >> 16
+        volume += volume * beyond
+        form = form * longest + beyond
+        corner = corner * dim + place
+    return volume, form, corner
 
 
 @triton.jit
