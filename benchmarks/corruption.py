@@ -16,6 +16,7 @@ import torch
 from measure import row, seconds, write
 
 from genesis.data.phantom import Acquisition, phantom
+from genesis.engine.memory import keep_freed_memory
 from genesis.seeding import generator
 from genesis.transforms import BatchGenerator, Corruption
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a training does
     images = patches(BATCH)
     arrays = list(images.numpy())
     corruption = Corruption()
