@@ -40,13 +40,19 @@ def change_some(
 ) -> Float[Tensor, "b c *spatial"]:
     """`change(x[samples], samples)` for the drawn samples, the others as they are.
 
-    On the CPU only the drawn samples are computed. Elsewhere all are: to know which are drawn, the host would have to
-    wait for the device.
+    `samples` are `computed(drawn)`.
     """
+    samples = computed(drawn)
     if x.device.type != "cpu":
-        changed = change(x, torch.arange(len(x), device=x.device))
-        return torch.where(drawn.view(-1, *(1,) * (x.ndim - 1)), changed, x)
-    samples = drawn.nonzero().squeeze(1)
+        return torch.where(drawn.view(-1, *(1,) * (x.ndim - 1)), change(x, samples), x)
     if len(samples) == len(x):
         return change(x, samples)
     return x.index_copy(0, samples, change(x[samples], samples)) if len(samples) else x
+
+
+def computed(drawn: Bool[Tensor, "b"]) -> Int64[Tensor, "n"]:
+    """The samples to compute: on the CPU those drawn.
+
+    Elsewhere all: to know which are drawn, the host would have to wait for the device.
+    """
+    return drawn.nonzero().squeeze(1) if drawn.device.type == "cpu" else torch.arange(len(drawn), device=drawn.device)

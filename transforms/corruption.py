@@ -1,17 +1,18 @@
 """The corruption that self-restoration undoes (Zhou et al., Models Genesis, MICCAI 2019)."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import change_some
+from .base import change_some, computed
 from .flip import Flip
 from .fused import kernels
 from .nonlinear import BezierNonlinearity
-from .paint import Fill, Paint
+from .paint import Fill, Paint, Painting
 from .random import BatchGenerator
 from .shuffle import LocalShuffle
 
@@ -73,13 +74,15 @@ class Corruption:
     ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
         shuffled, curved, painted = chances.unbind(1)
         corrupted = target = Flip(self.flip)(x, for_flip) if self.flip > 0 else x
-        painting = None
-        if self.paint > 0:  # drawn first, for what it hides need not be shuffled
-            painting = Paint(self.outpaint, self.paint_fill).sample(x.shape, for_paint)
-            painting.painted.logical_and_((painted < self.paint).view(-1, *(1,) * (x.ndim - 2)))
+        some = computed(painted < self.paint)
+        painting = hidden = None
+        if self.paint > 0 and len(some):  # drawn first, for what it hides need not be shuffled
+            painting = Paint(self.outpaint, self.paint_fill).sample((len(some), *x.shape[1:]), for_paint.select(some))
+            hidden = torch.zeros_like(x[:, 0], dtype=torch.bool).index_copy_(0, some, painting.painted)
 
         def shuffle(images: Tensor, samples: Tensor) -> Tensor:
-            needed = None if painting is None else ~painting.painted[samples]
+            # Off the CPU, where all samples are computed, there is more hidden than is painted, but nothing is spared.
+            needed = None if hidden is None else ~hidden[samples]
             source = LocalShuffle().sample(images.shape, for_shuffle.select(samples), needed)
             return LocalShuffle().apply(images, source)
 
@@ -91,5 +94,10 @@ class Corruption:
         if self.nonlinear > 0:
             corrupted = change_some(corrupted, curved < self.nonlinear, curve)
         if painting is not None:
-            corrupted = Paint().apply(corrupted, painting)
+            paint = partial(_painted, painting)
+            corrupted = change_some(corrupted, painted < self.paint, paint)
         return corrupted, target
+
+
+def _painted(painting: Painting, images: Tensor, _: Tensor) -> Tensor:
+    return Paint().apply(images, painting)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -104,6 +104,8 @@ class _Windows(NamedTuple):
 
 @lru_cache(maxsize=32)
 def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
+    if max(spatial) > 2**15:
+        raise ValueError(f"Images of at most {2**15:,} voxels along each axis can be shuffled, not of {spatial}.")
     longest = tuple(max(1, dim // 10) for dim in spatial)
     mean = math.prod((1 + side) / 2 for side in longest)
     windows = 10_000 if spatial == (64, 64, 32) else round(COVERAGE * math.prod(spatial) / mean)
@@ -130,6 +132,7 @@ def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Window
     volume, form = torch.ones_like(words), torch.zeros_like(words)
     corner = torch.arange(len(words), dtype=torch.int32, device=words.device)  # of the image so far, among images
     corner = corner.unsqueeze(1).repeat(1, forms.windows)
+    # 16 bits tell a side and 16 a place: of 512 places some are more likely than others by 1 %.
     for draw, dim, longest in zip(draws, forms.spatial, forms.longest, strict=True):
         beyond = (draw & 0xFFFF).mul_(longest) >> 16  # the voxels of a side after its first
         place = ((draw >> 16) & 0xFFFF).mul_(dim - beyond) >> 16
@@ -157,61 +160,58 @@ def _sources(
     windows: _Windows, forms: Forms, needed: Bool[Tensor, "b *spatial"] | None = None
 ) -> Int32[Tensor, "voxels"]:
     """The voxel that each voxel of the batch shows, as flat indices in the batch."""
-    bits = len(forms.offsets).bit_length()  # of a slot's place in the offsets; its window is above them
-    wide = torch.int32 if len(windows.volumes) << bits < 2**31 else torch.int64
-    window = torch.repeat_interleave(windows.volumes.to(wide), output_size=windows.slots)
-    offset, corner = _both(windows.starts - windows.first_slots, windows.corners, window)
-    offset += torch.arange(windows.slots, dtype=torch.int32, device=window.device)
+    window = torch.repeat_interleave(windows.volumes, output_size=windows.slots)
+    slot = torch.arange(windows.slots, dtype=torch.int32, device=window.device)
+    offset = (windows.starts - windows.first_slots).index_select(0, window).add_(slot)
     offset.clamp_(max=len(forms.offsets) - 1)
-    voxel = forms.offsets.index_select(0, offset).add_(corner)
+    voxel = forms.offsets.index_select(0, offset).add_(windows.corners.index_select(0, window))
     own = torch.arange(windows.images * forms.voxels, dtype=torch.int32, device=window.device)
-    shown = window.new_full((len(own) + 1,), -1)
-    shown = shown.scatter_reduce_(0, voxel.long(), (window << bits).bitwise_or_(offset), "amax")[:-1]
+    shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
+    shown = shown.scatter_reduce_(0, voxel.long(), slot, "amax")[:-1]
     moved = None
     if needed is not None and own.device.type == "cpu":  # elsewhere the host would have to wait for their number
         moved = ((shown >= 0) & needed.flatten()).nonzero().squeeze(1)
         shown = shown.index_select(0, moved)
     slot = shown.clamp(min=0)
-    window, offset = slot >> bits, slot.int().bitwise_and_(2**bits - 1)
-    start, corner = _both(windows.starts, windows.corners, window)
-    volume, word = _both(windows.volumes, windows.words, window)
-    position = offset.sub_(start).clamp_(min=0).to(forms.dtype)
-    position = _permute(position, volume.to(forms.dtype), word)
-    source = forms.offsets.index_select(0, start.add_(position)).add_(corner)
+    window = window.index_select(0, slot)
+    first_slot = windows.first_slots.index_select(0, window)
+    position = _permute(slot.sub_(first_slot), window, windows.volumes, windows.words, forms.dtype)
+    source = voxel.index_select(0, position.add_(first_slot))
     if moved is not None:
         return own.index_copy_(0, moved, source)
     return torch.where(shown < 0, own, source)  # where no window covers it, a voxel shows itself
 
 
-def _both(
-    one: Int32[Tensor, "windows"], other: Int32[Tensor, "windows"], window: Int[Tensor, "n"]
-) -> tuple[Int32[Tensor, "n"], Int32[Tensor, "n"]]:
-    """Two numbers of windows, looked up together, which takes a CPU hardly longer than one."""
-    both = torch.stack((one, other), dim=1).view(torch.int64).squeeze(1).index_select(0, window)
-    return both.int(), both.bitwise_right_shift_(32).int()
-
-
-def _permute(position: Int[Tensor, "n"], volume: Int[Tensor, "n"], word: Int32[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """Maps each position, 0 to volume - 1, of a window by a random permutation, which the window's word tells.
+def _permute(
+    position: Int32[Tensor, "n"],
+    window: Int32[Tensor, "n"],
+    volumes: Int32[Tensor, "windows"],
+    words: Int32[Tensor, "windows"],
+    dtype: torch.dtype,
+) -> Int32[Tensor, "n"]:
+    """Maps each position, 0 to volume - 1, of each window by a random permutation, which the window's word tells.
 
     The swap-or-not shuffle (Hoang, Morris, Rogaway, CRYPTO 2012), which needs no other positions than those asked for:
     each round turns all positions by a random amount, then swaps p with its opposite, volume - 1 - p, or not, by a
-    random bit that depends on the pair. Positions and volumes are of the same integers, which hold twice the largest
-    volume; the smaller, the faster.
+    random bit that depends on the pair. `dtype` holds twice the largest volume; the smaller, the faster.
     """
-    sign = torch.iinfo(position.dtype).bits - 1
-    key, last, share = word.to(torch.int16).to(position.dtype), volume - 1, volume * 2.0**-31
+    sign = torch.iinfo(dtype).bits - 1
+    key = words.to(torch.int16).to(dtype).index_select(0, window)
+    share, volumes = volumes * 2.0**-31, volumes.to(dtype)
+    volume = volumes.index_select(0, window)
+    position, last = position.to(dtype), volume - 1
     for number in range(ROUNDS):
         if number % ROUNDS_PER_TURN == 0:
-            turn = (word & 0x7FFFFFFF).float().mul_(share).to(position.dtype).sub_(volume)  # -volume to 0
-            word = word * SPREAD
+            turns = (words & 0x7FFFFFFF).float().mul_(share).to(dtype).sub_(volumes)  # -volume to 0
+            turn = turns.index_select(0, window)
+            words = words * SPREAD
         else:
             turn >>= 1  # mixes as well as a fresh one, which would cost as much as the rest of the round
-        position = position + turn
+        position += turn
         position += (position >> sign).bitwise_and_(volume)
         opposite = last - position
         bit = (opposite * position).add_(key * (2 * number + 12345)).mul_(31153)
         bit ^= bit >> 7
         bit = bit.mul_(-21267).bitwise_right_shift_(sign)  # 0 or -1: none or all of the bits
         position ^= opposite.bitwise_xor_(position).bitwise_and_(bit)
-    return position
+    return position.int()
