@@ -73,9 +73,10 @@ class Corruption:
         for_curve: BatchGenerator,
         for_paint: BatchGenerator,
     ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
-        shuffled, curved, painted = chances.unbind(1)
+        rates = self.shuffle, self.nonlinear, self.paint
+        shuffled, curved, painted = (chance < rate for chance, rate in zip(chances.unbind(1), rates, strict=True))
         corrupted = target = Flip(self.flip)(x, for_flip) if self.flip > 0 else x
-        some = computed(painted < self.paint)
+        some = computed(painted)
         painting = hidden = None
         if self.paint > 0 and len(some):  # drawn first, for what it hides need not be shuffled
             painting = Paint(self.outpaint, self.paint_fill).sample((len(some), *x.shape[1:]), for_paint.select(some))
@@ -91,12 +92,11 @@ class Corruption:
             return BezierNonlinearity()(images, for_curve.select(samples))
 
         if self.shuffle > 0:
-            corrupted = change_some(corrupted, shuffled < self.shuffle, shuffle)
+            corrupted = change_some(corrupted, shuffled, shuffle)
         if self.nonlinear > 0:
-            corrupted = change_some(corrupted, curved < self.nonlinear, curve)
+            corrupted = change_some(corrupted, curved, curve)
         if painting is not None:
-            paint = partial(_painted, painting)
-            corrupted = change_some(corrupted, painted < self.paint, paint)
+            corrupted = change_some(corrupted, painted, partial(_painted, painting))
         return corrupted, target
 
 

@@ -59,7 +59,6 @@ class Forms(NamedTuple):
     """The forms of windows, that is, combinations of sides, for images of one shape."""
 
     spatial: tuple[int, ...]
-    windows: int  # per image
     longest: tuple[int, ...]  # side along each axis
     dtype: torch.dtype  # integers that hold twice the largest volume
     starts: Int32[Tensor, "forms"]  # of each form in the offsets
@@ -75,16 +74,25 @@ class Forms(NamedTuple):
         return math.prod(self.longest)
 
     @property
+    def mean(self) -> float:
+        """Voxels of a window."""
+        return math.prod((1 + side) / 2 for side in self.longest)
+
+    @property
+    def windows(self) -> int:
+        """Per image."""
+        return 10_000 if self.spatial == (64, 64, 32) else round(COVERAGE * self.voxels / self.mean)
+
+    @property
     def numbers(self) -> int:
         """Random numbers per image: of each window one per axis, for side and place, and one for its permutation."""
         return (len(self.spatial) + 1) * self.windows
 
     def slots(self, batch: int) -> int:
         """The voxels of all windows of a batch, an upper bound: the mean and eight standard deviations."""
-        mean = math.prod((1 + side) / 2 for side in self.longest)
-        variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in self.longest) - mean**2
+        variance = math.prod((1 + side) * (1 + 2 * side) / 6 for side in self.longest) - self.mean**2
         windows = batch * self.windows
-        return math.ceil(windows * mean + 8 * math.sqrt(windows * variance))
+        return math.ceil(windows * self.mean + 8 * math.sqrt(windows * variance))
 
 
 class _Windows(NamedTuple):
@@ -107,15 +115,12 @@ def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
     if max(spatial) > 2**15:
         raise ValueError(f"Images of at most {2**15:,} voxels along each axis can be shuffled, not of {spatial}.")
     longest = tuple(max(1, dim // 10) for dim in spatial)
-    mean = math.prod((1 + side) / 2 for side in longest)
-    windows = 10_000 if spatial == (64, 64, 32) else round(COVERAGE * math.prod(spatial) / mean)
     index = torch.arange(math.prod(spatial), dtype=torch.int32).view(spatial)
     sides = product(*(range(1, side + 1) for side in longest))
     offsets = [index[tuple(slice(side) for side in form)].flatten() for form in sides]
     volumes = torch.tensor([len(form) for form in offsets])
     return Forms(
         spatial,
-        windows,
         longest,
         torch.int16 if math.prod(longest) < 2**14 else torch.int32,
         (volumes.cumsum(0) - volumes).int().to(device),
