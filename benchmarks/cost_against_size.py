@@ -48,7 +48,7 @@ def linear(scans: dict[str, Path], work: Path, repeats: int) -> list[Row]:
     def latents(name: str) -> None:
         store = VolumeStore(Workspace(work / name).store)
         volumes = WholeVolumes(store, AGAIN * list(store), shape=shape, window_hu=settings.data.window_hu)
-        encode(autoencoder, shrink(volumes, work / "shrunken.npy", lambda: None), torch.device("cpu"), 8)
+        encode(autoencoder, shrink(volumes, work / "shrunken.npy", lambda: None), torch.device("cpu"))
 
     rows = []
     for title, run in (("prepare", prepare), ("latents", latents)):

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 from ..config import AutoencoderConfig
 from ..data.samplers import Endless, Sample, WholeVolumes
 from ..data.store import VolumeMeta, VolumeStore
 from ..engine.method import Batch, Method, Output
 from ..engine.optimizer import OptimizerSettings
-from ..engine.ranks import gather, share
+from ..engine.ranks import from_first, gather, share
 from ..engine.trainer import fit
 from ..models import Autoencoder
 from ..progress import progress
@@ -76,10 +77,12 @@ def train_autoencoder(
     window_hu: tuple[float, float] | None,
     folder: Path,
     seed: int,
-) -> Reconstruction:
+) -> Autoencoder:
     """Train on whole volumes, in 2D on `SLICES` slices of each; leaves `autoencoder.safetensors` in `folder`.
 
-    Resized volumes and the training's own files are in `folder`/autoencoder, which `encode_cohort` removes.
+    The first process does that alone: shared among several, sums would be rounded in another order, and in thousands of
+    steps that becomes other neighbours. Resized volumes and the training's own files are in `folder`/autoencoder, which
+    `encode_cohort` removes.
     """
     torch.manual_seed(key(seed, "autoencoder"))
     method = Reconstruction(len(settings.shape), settings.channels, train[0].shape[0])
@@ -89,25 +92,30 @@ def train_autoencoder(
         place = folder / "autoencoder" / name
         return ConcatDataset(_shrunken(fabric, store, metas, settings.shape, window_hu, levels, place))
 
-    seen = images(train, "train")
-    fit(
-        method,
-        Endless(seen, seed),
-        validation=images(held_out, "val") if held_out else None,
-        folder=folder / "autoencoder",
-        seed=seed,
-        device=fabric.device.type,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        optimizer=OptimizerSettings("adam", settings.learning_rate, schedule="cosine"),
-        title="autoencoder",
-        validate_every=max(1, settings.steps // 10),
-        workers=0,
-    )
-    if fabric.is_global_zero:
-        weights = {name: tensor.contiguous() for name, tensor in method.autoencoder.state_dict().items()}
+    seen, judges = images(train, "train"), images(held_out, "val") if held_out else None
+
+    def learned() -> dict[str, Tensor]:
+        fit(
+            method,
+            Endless(seen, seed),
+            validation=judges,
+            folder=folder / "autoencoder",
+            seed=seed,
+            device=fabric.device.type,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            optimizer=OptimizerSettings("adam", settings.learning_rate, schedule="cosine"),
+            title="autoencoder",
+            validate_every=max(1, settings.steps // 10),
+            workers=0,
+            alone=True,
+        )
+        weights = {name: tensor.cpu().contiguous() for name, tensor in method.autoencoder.state_dict().items()}
         save_file(weights, folder / "autoencoder.safetensors")
-    return method
+        return weights
+
+    method.autoencoder.load_state_dict(from_first(fabric, learned))
+    return method.autoencoder
 
 
 def encode_cohort(
@@ -121,37 +129,49 @@ def encode_cohort(
     heights: Sequence[float],
     folder: Path,
 ) -> Float[np.ndarray, "share positions latent"]:
-    """Latents of this process's share of the volumes; those of all are left in `folder`/latents.npy and latents.txt.
+    """Latents of this process's share of the volumes, memory-mapped; those of all are left in `folder`/latents.npy.
 
-    In 3D there is one position; in 2D there are those of the slices at `heights` in the body, from 0 to 1.
+    Which volumes those are is in latents.txt. In 3D there is one position; in 2D there are those of the slices at
+    `heights` in the body, from 0 to 1.
     """
     temporary = folder / "autoencoder"
     heights = _heights(metas, heights)
     parts = _shrunken(fabric, store, metas, settings.shape, window_hu, heights, temporary / "all")
-    flat = encode(autoencoder, parts[fabric.global_rank], fabric.device, settings.batch_size)
-    latents = flat.reshape(len(share(len(metas), fabric)), -1, flat.shape[1])
-    gather(fabric, lambda: np.save(temporary / f"latents.{fabric.global_rank}.npy", latents))
-    if fabric.is_global_zero:
+    mine = share(len(metas), fabric)
+
+    def save() -> None:
+        latents = encode(autoencoder, parts[fabric.global_rank], fabric.device)
+        np.save(temporary / f"latents.{fabric.global_rank}.npy", latents.reshape(len(mine), -1, latents.shape[1]))
+
+    def join() -> None:
         files = [np.load(temporary / f"latents.{rank}.npy", mmap_mode="r") for rank in range(fabric.world_size)]
-        everyones = _memory_mapped(folder / "latents.npy", np.float32, (len(metas), *latents.shape[1:]))
+        everyones = _memory_mapped(folder / "latents.npy", np.float32, (len(metas), *files[0].shape[1:]))
         np.concatenate(files, out=everyones)
         everyones.flush()
         shutil.rmtree(temporary)
         (folder / "latents.txt").write_text("\n".join(meta.volume for meta in metas) + "\n", encoding="utf-8")
-    return latents
+
+    gather(fabric, save)
+    from_first(fabric, join)
+    everyones: Float[np.ndarray, "volumes positions latent"] = np.load(folder / "latents.npy", mmap_mode="r")
+    return everyones[mine.start : mine.stop]
 
 
 @torch.no_grad()
-def encode(
-    autoencoder: Autoencoder, images: Shrunken, device: torch.device, batch_size: int
-) -> Float[np.ndarray, "images latent"]:
-    """Latents of whole volumes or slices, float32."""
-    autoencoder.eval()
-    latents = [
-        autoencoder.encode(batch["image"].to(device)).float().cpu()
-        for batch in DataLoader(images, batch_size=batch_size)
-    ]
-    return torch.cat(latents).numpy()
+def encode(autoencoder: Autoencoder, images: Shrunken, device: torch.device) -> Float[np.ndarray, "images latent"]:
+    """Latents of whole volumes or slices, float32.
+
+    One at a time, which takes no longer on a CPU: the last digits of a latent would depend on the others of its batch.
+    """
+    autoencoder.to(device).eval()
+    latents: np.ndarray | None = None
+    for index in range(len(images)):
+        latent = autoencoder.encode(images[index]["image"].to(device)[None]).float().cpu().numpy()
+        if latents is None:
+            latents = np.empty((len(images), latent.shape[1]), np.float32)
+        latents[index] = latent[0]
+    assert latents is not None
+    return latents
 
 
 def _memory_mapped(file: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:

@@ -44,23 +44,24 @@ def find_neighbours(
 ) -> dict[int, list[Neighbour]]:
     """Of each anchor, by its number, the `train` nearest training patients and the `held_out` nearest held-out ones.
 
-    `latents` are those of this process's share of `metas`: at one position, or at one for each anchor.
+    `metas` are all training volumes and after them all held-out ones; `latents` are those of this process's share of
+    them: at one position, or at one for each anchor.
     """
     patients = [meta.patient for meta in metas]
     row_of = {meta.volume: row for row, meta in enumerate(metas)}
     mine = share(len(metas), fabric)
-    splits = (("train", train), ("val", held_out))
+    seen = sum(meta.split == "train" for meta in metas)
+    splits = (("train", train, range(seen)), ("val", held_out, range(seen, len(metas))))
     wanted = [(row_of[anchor.reference], number % latents.shape[1]) for number, anchor in enumerate(anchors)]
     questions = sorted(set(wanted))  # at one position the anchors of one reference ask the same
-    own = metas[mine.start : mine.stop]
-    own_patients = [meta.patient for meta in own]
-    known = gather(fabric, lambda: {row: latents[row - mine.start] for row, _ in questions if row in mine})
+    own_patients = patients[mine.start : mine.stop]
+    known = gather(fabric, lambda: {row: np.array(latents[row - mine.start]) for row, _ in questions if row in mine})
     query = {row: latent for part in known for row, latent in part.items()}
 
     def search() -> dict[tuple[int, int, str], Found]:
         found = {}
-        for split, count in splits:
-            among = [row for row, meta in enumerate(own) if meta.split == split]
+        for split, count, rows in splits:
+            among = range(max(rows.start, mine.start) - mine.start, max(0, min(rows.stop, mine.stop) - mine.start))
             for row, place in questions:
                 near, distances = nearest_patients(
                     row - mine.start, latents[:, place], own_patients, among, count, query[row][place]
@@ -72,7 +73,7 @@ def find_neighbours(
     return {
         number: [
             Neighbour(metas[row].volume, rank + (split == "val"), float(distance), split)
-            for split, count in splits
+            for split, count, _ in splits
             for rank, (row, distance) in enumerate(
                 zip(*merge([part[*question, split] for part in parts], question[0], patients, count), strict=True)
             )

@@ -42,14 +42,16 @@ def discover(
     box: dict[str, Any] = {"patch_size": config.data.patch_size, "spacing_mm": spacing_mm}
     window: dict[str, Any] = {"window_hu": config.data.window_hu}
     step: dict[str, Any] = {"step_mm": coarse_step_mm(train)}
-    method = train_autoencoder(fabric, store, train, held_out, settings.autoencoder, **window, folder=folder, seed=seed)
+    autoencoder = train_autoencoder(
+        fabric, store, train, held_out, settings.autoencoder, **window, folder=folder, seed=seed
+    )
     places: dict[str, Any] = {"classes": settings.classes, "references": settings.references, **box, **step}
     anchors = from_first(
         fabric, lambda: find_anchors(store, train, **places, min_tissue=settings.min_tissue, seed=seed)
     )
     heights = [anchor.body[2] for anchor in anchors]
     latents = encode_cohort(
-        fabric, method.autoencoder, store, metas, settings.autoencoder, **window, heights=heights, folder=folder
+        fabric, autoencoder, store, metas, settings.autoencoder, **window, heights=heights, folder=folder
     )
     neighbours = find_neighbours(
         fabric, metas, anchors, latents, train=settings.neighbours, held_out=settings.validation_neighbours

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def launch(device: str) -> "Fabric":
+def launch(device: str, *, alone: bool = False) -> "Fabric":
     """Fabric on "cpu", "cuda" or "auto" (CUDA where there is one), launched.
 
-    One process on one device, unless torchrun or srun started several. Raises `UserError` when there is no such device,
-    or when SLURM's options do not fit.
+    One process on one device, unless torchrun or srun started several; `alone`, the first of those by itself. Raises
+    `UserError` when there is no such device, or when SLURM's options do not fit.
     """
     from lightning.fabric import Fabric  # takes seconds to import
+    from lightning.fabric.plugins.environments import LightningEnvironment
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,9 +29,10 @@ def launch(device: str) -> "Fabric":
         raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
     if device == "cpu":
         keep_freed_memory()
-    devices, nodes = _processes()
+    devices, nodes = (1, 1) if alone else _processes()
     try:
-        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes)
+        plugins = LightningEnvironment() if alone else None
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, plugins=plugins)
     except RuntimeError as error:  # --ntasks without --ntasks-per-node
         raise UserError(f"SLURM did not start the processes as they are needed: {error}") from None
     fabric.launch()

@@ -62,6 +62,7 @@ def fit(
     workers: int | Literal["auto"] = "auto",
     resume: bool = False,
     profile: int = 0,
+    alone: bool = False,
 ) -> FitResult:
     """Train `method` in place for `steps` steps; afterwards it has the weights of the last step.
 
@@ -85,6 +86,7 @@ def fit(
         resume: go on from `last.pt` if there is one, where it is damaged from `previous.pt`; otherwise what an earlier
             training left in `folder` is replaced.
         profile: steps of which `folder/trace.json` is to tell where their time went.
+        alone: the first of several processes, which it must be, trains by itself.
 
     What goes wrong is an alarm in `metrics.jsonl`. Steps whose loss or gradient is not finite are skipped. After
     SKIPPED_IN_A_ROW of them the weights of `last.pt` are taken up again; if that is of no use, training stops and
@@ -95,7 +97,7 @@ def fit(
     "stalled_data", "diverging_rank". Ctrl-C and SIGTERM, to whichever process, raise KeyboardInterrupt(signal number)
     in all of them after the step, or the validation's batch, at hand, with `last.pt` written.
     """
-    fabric = launch(device)
+    fabric = launch(device, alone=alone)
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
     optim = take_step.optimizer
     method.train()
