@@ -38,7 +38,7 @@ from .engine.monitor import read_metrics
 from .engine.optimizer import OptimizerSettings
 from .engine.preflight import Estimate, measure
 from .engine.ranks import is_first
-from .engine.step import StepSettings
+from .engine.step import StepSettings, check_division
 from .engine.trainer import FitResult, fit
 from .errors import UserError
 from .files import write_sums
@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
     method = METHODS[config.method.name](config, backbone, _facts(this, text))
     this.record["trained"] = _trained(backbone)
     fabric = launch(options.device)  # of several processes, as torchrun starts them, the first one writes
+    check_division(config.samples_per_step, fabric.world_size, config.train.accumulate)  # before anything is read
     train, validation = samples_of(this, fabric, text)
     how: dict[str, Any] = {
         "validation": validation,

@@ -10,6 +10,7 @@ from genesis.engine import batches
 from genesis.engine.batches import training_batches, validation_batches
 from genesis.engine.launch import launch
 from genesis.engine.method import Batch
+from genesis.errors import UserError
 
 
 class Together(Dataset[Batch]):
@@ -65,6 +66,19 @@ def test_small_batches_are_made_for_several_steps_at_once(voxels: int, steps: in
     counts = {count for batch in made(range(9), voxels=voxels) for count in batch["count"]}
     assert counts == {4 * steps}
     assert batches.VOXELS_AT_ONCE == 2**20
+
+
+def test_samples_that_cannot_be_made_at_once_say_how_many_can() -> None:
+    """So on the CPU, where the batches of a step do not become too large otherwise."""
+
+    def hungry(batch: Batch) -> Batch:
+        return {"image": batch["image"], "key": torch.empty(2**58 if len(batch["key"]) > 21 else len(batch["key"]))}
+
+    how: dict = {"steps": range(3), "workers": 0}
+    found = training_batches(Together(2**18), launch("cpu"), hungry, batch_size=64, **how)
+    with pytest.raises(UserError, match=r"64 patches at once do not fit into the memory of this machine .* 21 do: use"):
+        next(found)
+    assert len(list(training_batches(Together(2**18), launch("cpu"), hungry, batch_size=21, **how))) == 3
 
 
 def test_validation_can_be_repeated() -> None:

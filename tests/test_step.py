@@ -1,6 +1,8 @@
 """One step: parts of a batch, recomputed activations, compilation, memory that runs out; and what measures it."""
 
 import json
+import subprocess
+import sys
 import time
 from math import inf
 from pathlib import Path
@@ -13,7 +15,7 @@ from test_trainer import Points, Regression, train
 from torch import Tensor, nn
 
 from genesis.config import load_config
-from genesis.engine import preflight
+from genesis.engine import preflight, step
 from genesis.engine.batches import DataWait
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.launch import launch
@@ -73,7 +75,8 @@ def test_a_training_in_parts_logs_the_same(tmp_path: Path) -> None:
         train(tmp_path / folder, Regression(), 12, settings=StepSettings(accumulate=parts))
     for row, other in zip(*(read_metrics(tmp_path / name, "train") for name in ("whole", "parts")), strict=True):
         assert row == pytest.approx(other, abs=1e-5)
-    with pytest.raises(UserError, match="A batch of 8 cannot be divided among 1 processes with 3 parts each"):
+    refusal = "A batch of 8 cannot be divided among 1 process with 3 parts each; one of 6 or 9 can"
+    with pytest.raises(UserError, match=refusal):
         train(tmp_path / "odd", Regression(), 1, settings=StepSettings(accumulate=3))
 
 
@@ -145,7 +148,9 @@ class Hungry(Method):
 def test_a_batch_that_cannot_fit_says_what_would(tmp_path: Path) -> None:
     train(tmp_path, Hungry(), 2, batch_size=4)
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"8 patches at once do not fit .* 5 do: set accumulate=2.* or batch_size=5"):
+    with pytest.raises(
+        UserError, match=r"8 patches at once do not fit .* 5 do: use a batch_size of 5, or train.accumulate=2,"
+    ):
         train(tmp_path, Hungry(), 4, batch_size=8, resume=True)
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
     train(tmp_path, Hungry(), 4, batch_size=8, settings=StepSettings(accumulate=2))
@@ -153,6 +158,26 @@ def test_a_batch_that_cannot_fit_says_what_would(tmp_path: Path) -> None:
     starved.most = 0
     with pytest.raises(UserError, match="Not even one patch fits"):
         train(tmp_path, starved, 2)
+
+
+def test_a_batch_far_too_large_for_the_host_is_refused_before_it_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of Points has 4 + 3 floats and its key, 36 bytes; for backward Regression keeps 4 + 3 floats, 28."""
+    calls: list[int] = []
+    monkeypatch.setattr(step, "host_memory", lambda: (100_000, 200_000))
+    few = f"1500 patches at once do not fit .* {int(90_000 / (36 + 2 * 28))} do: use a batch_size of 978, or train.accumulate=3,"
+    with pytest.raises(UserError, match=few):
+        train(tmp_path, Regression(forward_hook=calls.append), 1, batch_size=1500)
+    with pytest.raises(UserError, match=r"5000 patches .* 978 do: use a batch_size of 978\.$"):
+        train(tmp_path, Regression(), 1, batch_size=5000)
+    assert len(calls) == 2  # of a few samples, twice
+    assert not (tmp_path / "metrics.jsonl").exists()
+    untouched, trained = Regression(0.2), Regression(0.2)
+    train(tmp_path / "a", trained, 2, batch_size=16)
+    monkeypatch.setattr(step, "FEW", 1000)  # no check
+    train(tmp_path / "b", untouched, 2, batch_size=16)
+    assert torch.equal(trained.linear.weight, untouched.linear.weight)
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.0])
@@ -181,6 +206,42 @@ def test_the_largest_that_fits() -> None:
     assert largest_that_fits(attempt, 64) == 21
     with pytest.raises(RuntimeError, match="a mistake"):
         largest_that_fits(attempt, 7)
+
+
+@pytest.mark.parametrize(("fit", "found"), [(0, 0), (1, 1), (33, 33), (9_999, range(9_400, 10_000))])
+def test_many_that_fit_are_found_in_few_attempts(fit: int, found: int | range) -> None:
+    attempts = []
+
+    def attempt(count: int) -> None:
+        attempts.append(count)
+        if count > fit:
+            raise MemoryError
+
+    assert largest_that_fits(attempt, 200_000) in (found if isinstance(found, range) else [found])
+    assert len(attempts) < (10 if fit > 1000 else 19)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not promise more memory than there is")
+def test_what_does_not_fit_into_memory_fails_before_it_is_used() -> None:
+    """In a process of its own, whose limit stays; what fits half of the machine does not fit its part of four."""
+    program = """
+import torch
+from genesis.data.workers import host_memory
+from genesis.engine.launch import launch
+from genesis.engine.memory import is_out_of_memory, let_allocation_fail
+launch("cpu")
+half = torch.empty(host_memory()[0] // 2, dtype=torch.uint8)
+del half
+for processes, share in ((1, 1.5), (4, 0.5)):
+    let_allocation_fail(processes)
+    try:
+        torch.empty(int(share * host_memory()[0]), dtype=torch.uint8)
+    except Exception as error:
+        assert is_out_of_memory(error), error
+        print("told")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["told", "told"]
 
 
 def test_bytes_kept_for_backward() -> None:

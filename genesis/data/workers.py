@@ -31,20 +31,44 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def host_memory() -> tuple[int, int]:
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     """Bytes of memory that the machine, or the job of a cluster or container, has left, and has in all."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
+    meminfo = root / "proc/meminfo"
     if not meminfo.exists():  # not Linux: as if nothing else ran
         return whole, whole
-    rows = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = 1024 * int(rows["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip())
-    limit = group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-        whole = min(whole, int(most))
+    free = 1024 * number_in(meminfo, "MemAvailable:")
+    for most, used in _limits(root):
+        free, whole = min(free, max(0, most - used)), min(whole, most)
     return free, whole
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Of the control groups that this process is in: the most memory, and what is used and cannot be taken back.
+
+    Both versions of control groups; a group is within the limits of those above it.
+    """
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, usage, cached = (
+                "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            )  # fmt: skip
+        else:
+            continue
+        inner = root / top / path.strip("/")  # in a container this may be its path outside: then its own is the top
+        for group in (inner, *inner.parents[: len(Path(path.strip("/")).parts)]):
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                most = int((group / limit).read_text())
+                files = (number_in(group / "memory.stat", f"{cached}{kind}_file") for kind in ("active", "inactive"))
+                yield most, int((group / usage).read_text()) - sum(files)
+
+
+def number_in(file: Path, name: str) -> int:
+    """The number after a name in a file of lines."""
+    return next(int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words[0] == name)
 
 
 def in_processes(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..errors import TrainingAlarm
+from ..errors import TrainingAlarm, UserError
 from .launch import worker_count
+from .memory import is_out_of_memory, keep_freed_memory, largest_that_fits, memory_of
 from .method import Batch, parts_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def training_batches(
     Step s has the samples s * batch_size … (s + 1) * batch_size - 1, of which every process takes an equal slice. With
     which others they are made, and so how they are rounded, does not depend on the steps asked for; so samples of some
     steps before and after those may be made, too.
+
+    Raises `UserError` that says what would fit when there is not enough memory.
     """
     if not steps:
         return iter(())
@@ -52,11 +55,27 @@ def training_batches(
             starts = (step * batch_size + fabric.global_rank * share for step in range(first, first + together))
             yield [index for start in starts for index in range(start, start + share)]
 
-    def batches() -> Iterator[Batch]:
+    def made() -> Iterator[Batch]:
         for block in _loader(samples, fabric, workers, batch_sampler=slices()):
             yield from parts_of(prepare(fabric.to_device(block)), together)
 
+    def batches() -> Iterator[Batch]:
+        try:
+            yield from made()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        raise UserError(_what_can_be_made(samples, fabric, prepare, share))
+
     return islice(batches(), steps.start - begin, steps.stop - begin)
+
+
+def first_samples(samples: Dataset[Batch], fabric: "Fabric", prepare: Callable[[Batch], Batch], count: int) -> Batch:
+    """Of a training, on the device, as `prepare` leaves them."""
+    (batch,) = _loader(samples, fabric, 0, batch_sampler=[list(range(count))])
+    return prepare(fabric.to_device(batch))
 
 
 def validation_batches(
@@ -153,6 +172,19 @@ def _steps_at_once(samples: Dataset[Batch], device: torch.device, share: int) ->
     return max(1, min(STEPS_AT_ONCE, VOXELS_AT_ONCE // (share * samples[0]["image"].numel())))
 
 
+def _what_can_be_made(
+    samples: Dataset[Batch], fabric: "Fabric", prepare: Callable[[Batch], Batch], too_many: int
+) -> str:
+    def attempt(count: int) -> None:
+        first_samples(samples, fabric, prepare, count)
+
+    fits = largest_that_fits(attempt, too_many)
+    return (
+        f"{too_many} patches at once do not fit into {memory_of(fabric.device)} before they are trained on, {fits} do: "
+        "use a smaller batch_size."
+    )
+
+
 def _kill_workers() -> None:
     """Those that are stuck would keep this process from ending, for they do not heed SIGTERM."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each that dies
@@ -172,7 +204,7 @@ def _loader(dataset: Dataset, fabric: "Fabric", workers: int | str, **how: Any) 
         persistent_workers=processes > 0,
         collate_fn=collated,
         pin_memory=fabric.device.type == "cuda" and processes > 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_in_worker,
         timeout=STALLED if processes else 0,
         **how,
     )
@@ -183,7 +215,8 @@ def collated(fetched: list[Batch] | Batch) -> Batch:
     return fetched if isinstance(fetched, dict) else default_collate(fetched)
 
 
-def _ignore_signals(_: int) -> None:
-    """They reach every process of a terminal or a job; without its workers the step at hand would have no data."""
+def _in_worker(_: int) -> None:
+    """Signals reach every process of a terminal or a job; without its workers the step at hand would have no data."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    keep_freed_memory()  # of one patch for the next

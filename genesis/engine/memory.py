@@ -4,16 +4,19 @@ import ctypes
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..data.workers import host_memory
+from ..data.workers import host_memory, number_in
 from ..errors import UserError
 
 # In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "could not create a primitive")
 _NO_SIGN = "could not create a primitive descriptor"  # for a shape that oneDNN does not know
+
+MARGIN = 0.9  # of the memory is counted on: pieces of it are too small to use
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -32,6 +35,23 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, 2**25)  # the most it takes; larger blocks are given back
 
 
+def let_allocation_fail(share: int) -> None:
+    """Have what does not fit into memory fail, with an error that can be told, rather than end the process.
+
+    Linux promises more memory than there is, and kills who uses it. So this process may take what it holds and, of
+    what the machine has left, swap included, one part in `share`.
+    """
+    if sys.platform != "linux":
+        return
+    import resource
+
+    status, meminfo = Path("/proc/self/status"), Path("/proc/meminfo")
+    held, swap = 1024 * number_in(status, "VmData:"), 1024 * number_in(meminfo, "SwapFree:")
+    most = held + (host_memory()[0] + swap) // share
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, on the device or the host."""
     said = str(error)
@@ -41,9 +61,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def largest_that_fits(attempt: Callable[[int], None], too_many: int) -> int:
-    """The largest number, below one that is too large, with which `attempt` runs; 0 when there is none."""
+    """About the largest number, below one that is too large, with which `attempt` runs; 0 when there is none.
+
+    Of large numbers at most a sixteenth less, for each attempt takes its time.
+    """
     fits = 0
-    while too_many - fits > 1:
+    while too_many - fits > max(1, fits // 16):
         count = (fits + too_many) // 2
         try:
             attempt(count)
@@ -55,6 +78,11 @@ def largest_that_fits(attempt: Callable[[int], None], too_many: int) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next attempt needs pieces of another size
     return fits
+
+
+def memory_of(device: torch.device) -> str:
+    """In words."""
+    return "the memory of " + ("this machine" if device.type == "cpu" else str(device))
 
 
 def bytes_kept(forward: Callable[[], object]) -> int:
@@ -89,8 +117,11 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_bytes(device)
 
 
-def usable_bytes(device: torch.device) -> int:
-    """The most that `peak_bytes` may become: what this process holds now and what is still free beside it."""
+def usable_bytes(device: torch.device, processes: int) -> int:
+    """The most that `peak_bytes` may become: what this process holds now and what is still free beside it.
+
+    Host memory is that of all `processes` of this machine; each has an equal part of what is free.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return host_memory()[0] + peak_bytes(device)
+    return host_memory()[0] // processes + peak_bytes(device)

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 
 from .batches import DataWait, training_batches, validation_batches
-from .launch import launch
-from .memory import bytes_kept, held_bytes, peak_bytes, usable_bytes
+from .launch import launch, processes_here
+from .memory import MARGIN, bytes_kept, held_bytes, peak_bytes, usable_bytes
 from .method import Batch, Method
 from .optimizer import OptimizerSettings
 from .ranks import largest
@@ -20,7 +20,6 @@ from .trainer import LOG_EVERY, validate
 
 WARM_UP, FEWEST = 3, 5  # steps
 SECONDS = 10.0  # of steps that are measured: long enough to empty what data loading has in store
-MARGIN = 0.9  # of the memory is counted on: pieces of it are too small to use
 ROW_BYTES = 1000  # of one row of metrics, with its share of TensorBoard
 
 
@@ -68,6 +67,7 @@ def measure(
     take_step = TrainingStep(fabric, method, optimizer, settings, batch_size=batch_size, steps=steps, seed=seed)
     method.train()
     prepare = method.prepare
+    take_step.check_memory(train, prepare)
     batches = training_batches(train, fabric, prepare, steps=range(10_000), batch_size=batch_size, workers=workers)
     batch = next(batches)  # on a CPU, of several steps: what that takes does not grow with the batch
     at_rest = held_bytes(fabric.device)
@@ -86,7 +86,7 @@ def measure(
     seconds, waited = waiting.lap()()
     total = steps * seconds
 
-    peak, usable = peak_bytes(fabric.device), usable_bytes(fabric.device)
+    peak, usable = peak_bytes(fabric.device), usable_bytes(fabric.device, processes_here())
     weights, moments = method.state_dict(), take_step.optimizer.state_dict()
     gradients = [weight for weight in method.parameters() if weight.requires_grad]
     fixed = at_rest + _bytes(moments) + _bytes(gradients)

@@ -1,20 +1,24 @@
 """One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from ..data.workers import host_memory
 from ..errors import UserError
 from ..seeding import key
 from .batch_norm import join_batch_norms
-from .memory import is_out_of_memory, largest_that_fits
-from .method import Batch, Method, parts_of
+from .batches import first_samples
+from .launch import processes_here
+from .memory import MARGIN, bytes_kept, is_out_of_memory, largest_that_fits, memory_of
+from .method import Batch, Method, Output, parts_of
 from .optimizer import OptimizerSettings
 from .sharding import copy_weights, divide_state, divided, local, whole
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 WHOLE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes: to look at bits
 
+FEW = 8  # patches of which the memory is measured
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -74,11 +79,7 @@ class TrainingStep:
         steps: int,
         seed: int,
     ) -> None:
-        if batch_size % (fabric.world_size * settings.accumulate):
-            raise UserError(
-                f"A batch of {batch_size} cannot be divided among {fabric.world_size} processes"
-                + (f" with {settings.accumulate} parts each." if settings.accumulate > 1 else ".")
-            )
+        check_division(batch_size, fabric.world_size, settings.accumulate)
         cuda = fabric.device.type == "cuda"
         if settings.shard and fabric.world_size == 1:
             fabric.print("train.shard has no effect: there is only one process to divide the weights among.")
@@ -132,7 +133,31 @@ class TrainingStep:
         else:
             return terms
         self.optimizer.zero_grad()
+        self._fabric.print("Memory has run out; trying how many patches fit.")
         raise UserError(self._what_fits(batch))  # out of the handler, which keeps the failed step's tensors alive
+
+    def check_memory(self, samples: Dataset[Batch], prepare: Callable[[Batch], Batch]) -> None:
+        """Raise `UserError` that says what fits when a step's patches are far too many for the host's memory.
+
+        Found on a few of them, before anything is trained: a CPU would compute for minutes until it has no more. What a
+        forward pass keeps is the least that a step takes; measured was 1.6 to 1.8 times as much, for gradients, and
+        layouts of oneDNN's own. On CUDA, where what does not fit fails soon, what fits is tried.
+        """
+        parts = self._settings.accumulate
+        share = self._batch_size // self._fabric.world_size
+        if self._fabric.device.type != "cpu" or self._shard or share // parts <= FEW:
+            return
+        few = first_samples(samples, self._fabric, prepare, FEW)
+        made = sum(tensor.nbytes for tensor in few.values()) / FEW
+        self._method.eval()
+        part = {name: tensor[: FEW // 2].clone() for name, tensor in few.items()}  # whose storage is all its own
+        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in (part, few))  # both with the weights
+        self._method.train()
+        kept = (more - less) / (FEW - FEW // 2)
+        room = MARGIN * host_memory()[0] / processes_here()
+        if share * made + share // parts * kept > room:
+            fits, in_parts = room / (made + 2 * kept), (room - share * made) / (2 * kept)
+            raise UserError(self._refusal(share, int(fits), int(in_parts)))
 
     def gather(self) -> None:
         """Give the method the weights that were learned; the first process' is on the device then, to be used."""
@@ -235,28 +260,51 @@ class TrainingStep:
     def _what_fits(self, batch: Batch) -> str:
         """Found by trying, with room for the optimizer's state if it has none yet."""
         share = len(batch["image"])
-        where = "the memory of " + ("this machine" if self._fabric.device.type == "cpu" else str(self._fabric.device))
         if self._shard:  # nothing can be tried without the other processes
-            at_once = f"{share // self._settings.accumulate} patches at once do not fit into {where}"
-            return f"{at_once}: use a larger accumulate, or a smaller batch_size."
+            return f"{self._too_many(share)}: use a larger train.accumulate, or a smaller train.batch_size."
         room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
 
-        def attempt(count: int) -> None:  # without the model's wrapper, so that no other process is waited for
-            with self.autocast(), torch.compiler.set_stance("force_eager"):
-                output = self._method({name: tensor[:count] for name, tensor in batch.items()})
-            torch.autograd.grad(torch.stack(list(output.losses.values())).sum(), self._learned, allow_unused=True)
+        def attempt(count: int) -> None:
+            losses = self._eagerly({name: tensor[:count] for name, tensor in batch.items()}).losses
+            torch.autograd.grad(torch.stack(list(losses.values())).sum(), self._learned, allow_unused=True)
 
         self._method.eval()  # in which a method waits for no other process either
         fits = largest_that_fits(attempt, share // self._settings.accumulate)
         self._method.train()
         del room
+        return self._refusal(share, fits, fits)
+
+    def _eagerly(self, batch: Batch) -> Output:
+        """Forward without the model's wrapper, so that no other process is waited for."""
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
+            output: Output = self._method(batch)
+        return output
+
+    def _refusal(self, share: int, fits: int, in_parts: int) -> str:
+        """`in_parts`: how many fit at once while all patches of the step are there."""
         if not fits:
+            where = memory_of(self._fabric.device)
             return f"Not even one patch fits into {where}: use a smaller data.patch_size or network, or another device."
-        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= fits)
-        whole = fits * self._fabric.world_size
-        return (
-            f"{share // self._settings.accumulate} patches at once do not fit into {where}, {fits} do: "
-            f"set accumulate={parts}, which divides the batch of {self._batch_size} into parts, or batch_size={whole}."
+        said = f"{self._too_many(share)}, {fits} do: use a batch_size of {fits * self._fabric.world_size}"
+        if in_parts < 1:
+            return f"{said}."
+        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= in_parts)
+        return f"{said}, or train.accumulate={parts}, which takes the {self._batch_size} in parts."
+
+    def _too_many(self, share: int) -> str:
+        at_once = share // self._settings.accumulate
+        return f"{at_once} patches at once do not fit into {memory_of(self._fabric.device)}"
+
+
+def check_division(batch_size: int, processes: int, parts: int) -> None:
+    """Raises `UserError` when a batch cannot be divided among processes with so many parts each."""
+    if rest := batch_size % (processes * parts):
+        larger = batch_size - rest + processes * parts
+        fitting = f"{larger - processes * parts} or {larger}" if larger > processes * parts else str(larger)
+        raise UserError(
+            f"A batch of {batch_size} cannot be divided among {processes} process{'es' * (processes > 1)}"
+            + (f" with {parts} parts each" if parts > 1 else "")
+            + f"; one of {fitting} can."
         )
 
 
@@ -290,7 +338,7 @@ def _seed(number: int, device: torch.device) -> None:
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)
+    return reduce(torch.add, terms)
 
 
 def _channels_last(method: nn.Module) -> None:

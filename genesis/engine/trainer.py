@@ -118,6 +118,7 @@ def fit(
     if not state.judging and (state.step >= steps or state.has_stalled(patience)):
         return state.result()
 
+    take_step.check_memory(train, method.prepare)
     to_come = range(state.step, steps)
     batches = training_batches(train, fabric, method.prepare, steps=to_come, batch_size=batch_size, workers=workers)
     held_out = None
