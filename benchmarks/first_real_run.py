@@ -6,7 +6,8 @@
 DATA holds `ct_headneck/` (OpenKBP, 170 CTs, 49 labelled) and `mr_hippocampus/` (Decathlon Task04, 161 MRs). Writes
 `benchmarks/results/first_real_run.md` and its pictures. The default size suits two CPU cores and about 90 minutes.
 `--full` takes the shipped configs, with what `--set` changes of them, wants a CUDA card, and writes
-`first_real_run_full.md`; what the cohorts need beside is in `FULL`.
+`first_real_run_full.md`; what the cohorts need beside is in `FULL`. With other options than these, which try something,
+the report and its pictures go to --workspaces.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from measure import options_but
 
 from genesis.files import read_json
 
@@ -142,7 +144,7 @@ def run_study(study: Study, options: argparse.Namespace, threads: int) -> str:
             *("--labels", *options.labels, "--seeds", *options.seeds),
         ),
     ]
-    pictures = RESULTS / _report(options) / study.name
+    pictures = _place(options) / _report(options) / study.name
     pictures.mkdir(parents=True, exist_ok=True)
     lines = [f"## {study.title}", "", "| command | minutes | peak memory (MiB) |", "|---|---|---|"]
     lines += [f"| `{row.verb}` | {row.seconds / 60:.1f} | {row.peak_mib:.0f} |" for row in measured]
@@ -169,6 +171,12 @@ def run_study(study: Study, options: argparse.Namespace, threads: int) -> str:
 
 def _report(options: argparse.Namespace) -> str:
     return "first_real_run_full" if options.full else "first_real_run"
+
+
+def _place(options: argparse.Namespace) -> Path:
+    """Where the report goes."""
+    chosen = ("--full", "--set") if options.full else ()
+    return options.workspaces if options_but("--data", "--workspaces", *chosen) else RESULTS
 
 
 def _as_typed() -> list[str]:
@@ -218,7 +226,7 @@ def main() -> None:
         f"    python benchmarks/first_real_run.py {shlex.join(_as_typed())}".rstrip(),
         "",
     ]
-    report = RESULTS / f"{_report(options)}.md"
+    report = _place(options) / f"{_report(options)}.md"
     report.write_text("\n".join([*head, *sections]) + "\n", encoding="utf-8")
     print(f"Wrote {report}")
 

@@ -2,11 +2,14 @@
 
 The machine may be busy. Whatever else runs only ever adds time, so the least of several repeats is nearest to what the
 code itself costs; and as ours and the rival take turns in one process, what slows one slows the other.
+
+`results` holds what the scripts measure as they are: with an option, to try something, nothing there is replaced.
 """
 
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -68,7 +71,7 @@ def seconds(
 
 
 def write(name: str, rows: list[Row], *notes: str, libraries: tuple[str, ...] = (), device: str = "cpu") -> None:
-    """Print the table and write `results/NAME.json`."""
+    """Print the table and write `results/NAME.json`; with options only print it, but for NAME_DEVICE and --device."""
     width = max(len(row.subject) for row in rows)
     print(f"\n{name}\n{'subject':{width}}  {'ours':>10}  {'rival':>10}  {'unit':14}  {'ratio':>8}  target")
     for row in rows:
@@ -77,6 +80,9 @@ def write(name: str, rows: list[Row], *notes: str, libraries: tuple[str, ...] = 
         print(f"{row.subject:{width}}  {figures}  {row.target} {verdict}")
     for note in notes:
         print(f"  {note}")
+    if options := options_but(*(("--device",) if name.endswith(f"_{device}") else ())):
+        print(f"  not kept: results/{name}.json is of a run without {' '.join(options)}")
+        return
     result = {
         "rows": [asdict(row) for row in rows],
         "notes": notes,
@@ -84,6 +90,11 @@ def write(name: str, rows: list[Row], *notes: str, libraries: tuple[str, ...] = 
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def options_but(*allowed: str) -> list[str]:
+    """The options that this script was given, without those `allowed`."""
+    return [part for part in sys.argv[1:] if part.startswith("--") and part.partition("=")[0] not in allowed]
 
 
 def cores() -> int:

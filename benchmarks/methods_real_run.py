@@ -8,7 +8,8 @@ maps: which organs are seen, how large, the parotid of which side is larger. Siz
 two CPU cores manage in minutes a method. Then a linear probe tells from the frozen features of a patch which organ is
 at its centre, against an untrained encoder of the same network; the test patients, the same for all, are seen by none.
 
-Writes `benchmarks/results/methods_real_run.md`. What is there already in --workspaces is not done again.
+Writes `benchmarks/results/methods_real_run.md`; with options, which try something, the report goes to --workspaces.
+What is there already in --workspaces is not done again.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from measure import options_but
 
 from genesis.config import load_config
 from genesis.data.cohort import Case, Cohort, find_cases, splits_of
@@ -234,8 +236,9 @@ def report(place: Place, methods: tuple[str, ...]) -> None:
             f"{seconds:6.0f} s  {command}" for record in records.values() for command, seconds in record["commands"]
         ) + "\n```",
     ]  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "methods_real_run.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    folder = place.workspaces if options_but("--data", "--workspaces") else RESULTS
+    folder.mkdir(exist_ok=True)
+    (folder / "methods_real_run.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _health(method: str, record: dict[str, Any]) -> str:

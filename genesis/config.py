@@ -3,12 +3,23 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from .errors import UserError
 
@@ -16,6 +27,13 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+EXPECTED = {  # by pydantic's name of the error that a value of another kind is
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "tuple_type": "a list, for instance [32,32,32]",
+}
 
 
 class _Section(BaseModel):
@@ -30,11 +48,12 @@ class DataConfig(_Section):
     window_hu: tuple[float, float]  # CT only: mapped to [0, 1]; MR and X-ray use the foreground's p0.5 and p99.5
     resident: Literal["auto"] | Share = "auto"  # of the training device's memory, for volumes to stay in; 0: streamed
 
-    @field_validator("resident", mode="before")
+    @field_validator("resident", mode="wrap")
     @classmethod
-    def _share_of_memory(cls, value: object) -> object:
-        if value == "auto" or (isinstance(value, (int, float)) and 0 <= value <= 1):
-            return value
+    def _share_of_memory(cls, value: object, accepted: ValidatorFunctionWrapHandler) -> object:
+        with suppress(ValidationError):
+            if not isinstance(value, bool):  # a number to pydantic
+                return accepted(value)
         raise ValueError("must be auto, or a share of the device's memory from 0 (off) to 1")
 
 
@@ -504,14 +523,23 @@ def _explain(error: ValidationError) -> str:
         return f"{'.'.join(place)}.name is missing."
     if first["type"] == "union_tag_invalid":
         return f"{'.'.join(place)}.name: expected {first['ctx']['expected_tags']} (got {first['ctx']['tag']!r})."
-    if not isinstance(first["input"], str):  # where a word or a number may stand, a wrong number is meant as a number
-        same = (each for each in errors if _place(each["loc"])[1] == place and each["type"] != "literal_error")
-        first = next(same, first)
-    plain = {"tuple_type": "expected a list, for instance [32,32,32]", "model_type": "is a section, not a value",
-             "model_attributes_type": "is a section, not a value"}  # fmt: skip
+    for each in errors:  # where a word or a number may stand: of what is a number, say what is wrong with it
+        inside = _place(each["loc"])[1]
+        if inside[: len(place)] == place and (inside != place or not _expected(each)):
+            first, place = each, inside
+            break
+    plain = {"model_type": "is a section, not a value", "model_attributes_type": "is a section, not a value"}
     message = plain.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if _expected(first):
+        kinds = [_expected(each) for each in errors if _place(each["loc"])[1] == place]
+        message = f"expected {' or '.join(kinds)}"
     got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
     return f"{'.'.join(place)}: {message}{got}." if place else f"{message}."
+
+
+def _expected(error: ErrorDetails) -> str:
+    """What may stand there, in words, where a value is of another kind; else ""."""
+    return error["ctx"]["expected"] if error["type"] == "literal_error" else EXPECTED.get(error["type"], "")
 
 
 def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:

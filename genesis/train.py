@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from .cli import add_dim_argument, command, interrupted_code
 from .config import Config, load_config
+from .data.intake import stamp
 from .data.resident import ResidentPatches
 from .data.store import MODALITIES
 from .engine.checkpoint import read_checkpoint
@@ -90,13 +91,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.dry_run and options.profile:
+        raise UserError("--dry-run writes nothing, so no trace either: leave out --profile, or train.")
     workspace = Workspace.at(options.workspace)
     if not options.resume:
         _sample_for_want_of_scans(workspace, options)
     this = (reopen_run if options.resume else plan_run)(workspace, options)
     config, seed = this.config, this.record["seed"]
     if not 0 <= options.profile < config.train.steps:
-        raise UserError(f"--profile {options.profile}: expected fewer steps than the run's {config.train.steps}.")
+        limit = f"a positive number of steps, fewer than the run's {config.train.steps}"
+        raise UserError(f"--profile {options.profile}: expected {limit}.")
     torch.manual_seed(key(seed, "network"))
     backbone = configured_network(config, this.record["in_channels"])
     if config.train.recompute_activations:
@@ -131,7 +135,11 @@ def run(options: argparse.Namespace) -> None:
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": this.begun, "profile": options.profile}
+    trace = this.folder / "trace.json"
+    before = stamp(trace)
     result = _fit(this, method, text, train, how, fabric, again)
+    if options.profile and stamp(trace) == before:
+        fabric.print("--profile wrote no trace: too few steps were left to train.")
     if not isfinite(result.best_loss):
         if fabric.is_global_zero:
             this.write("finished")

@@ -1,10 +1,13 @@
 """Real data, and shape annotations that are checked."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from dask_processes import Dask
 from jaxtyping import install_import_hook
 
 # Before anything imports them: from here on their jaxtyping annotations are checked at every call.
@@ -41,3 +44,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set GENESIS_SHARED_DATA")
     return folder
+
+
+@pytest.fixture
+def dask(tmp_path: Path) -> Iterator[Dask]:
+    """A scheduler without workers."""
+    pytest.importorskip("distributed")
+    with ExitStack() as processes:
+        yield Dask(tmp_path, processes)

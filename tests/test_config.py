@@ -39,12 +39,28 @@ def test_precedence_is_file_overlay_value_override() -> None:
         ("data.patch_size=[64, 64, 4]", "a side below 8 voxels"),
         ("data.window_hu=[100, -100]", r"must be \[lower, upper\]"),
         ("data.resident=2", "data.resident: must be auto, or a share of the device's memory from 0"),
+        ("data.resident=true", r"data.resident: must be auto, or a share .*\(got True\)"),
+        ("data.resident=yes", r"data.resident: must be auto, or a share .*\(got True\)"),
+        ("train.optimizer.learning_rate=abc", r"learning_rate: expected a number \(got 'abc'\)"),
+        ("train.compile=maybe", r"train.compile: expected 'auto' or true or false \(got 'maybe'\)"),
+        ("train.compile=2", r"train.compile: expected 'auto' or true or false \(got 2\)"),
+        ("train.workers=lots", r"train.workers: expected 'auto' or a whole number \(got 'lots'\)"),
+        ("train.workers=-1", r"train.workers: Input should be greater than or equal to 0 \(got -1\)"),
+        ("data.spacing_mm=2", r"expected 'median' or 'native' or a list, for instance \[32,32,32\] \(got 2\)"),
+        ("data.spacing_mm=[1,2,x]", r"data.spacing_mm.2: expected a number \(got 'x'\)"),
         ("train.steps.more=3", "is a single value, not a section"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_config("semantic_genesis_3d", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("0", 0.0), ("1", 1.0), ("0.25", 0.25), ("1e-4", 1e-4), ("'1e-4'", 1e-4)]
+)
+def test_a_share_of_memory_is_auto_or_any_number(text: str, value: float | str) -> None:
+    assert load_config("semantic_genesis_3d", [f"data.resident={text}"]).data.resident == value
 
 
 def test_unknown_names_and_broken_files(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_pictures_show_the_region_and_its_views(name: str) -> None:
         (["method.queue=1"], "unknown key method.queue; known here: views, contrast, name"),
         (["method.contrast.temperature=-1"], r"method.contrast.temperature: Input .* \(got -1\)"),
         (["method.views.source=0.5"], "method.views.source: Input should be greater than or equal to 1"),
-        (["method.views.flip=[w]"], "method.views.flip.0: Input should be 'x', 'y' or 'z'"),
+        (["method.views.flip=[w]"], "method.views.flip.0: expected 'x', 'y' or 'z'"),
         (["method.name=simcrl"], r"method.name: expected .*'simclr'.* \(got 'simcrl'\)"),
         (["method={}"], "method.name is missing"),
         (["method=3"], "method: is a section, not a value"),

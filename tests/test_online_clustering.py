@@ -152,7 +152,7 @@ def test_what_a_cohort_lacks_is_told() -> None:
     assert len(build(["method.hybrid=true"], Facts(modalities=("ct", "mr"), targets=(3, 5))).targets) == 2
     with pytest.raises(UserError, match=r"accumulate is 2, but online_clustering clusters whole batches"):
         load_config("online_clustering_3d", ["train.accumulate=2"])
-    with pytest.raises(UserError, match=r"method\.prototypes\.per: Input should be 'modality' or 'shared'"):
+    with pytest.raises(UserError, match=r"method\.prototypes\.per: expected 'modality' or 'shared'"):
         load_config("online_clustering_3d", ["method.prototypes.per=patient"])
     with pytest.raises(UserError, match=r"unknown key method\.epsilom; did you mean epsilon"):
         load_config("swav_3d", ["method.epsilom=1"])

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dask_processes import Dask
 from dicom_files import write_series
 
 from genesis.cli import main
 from genesis.data import cluster, update
 from genesis.data.audit import Audit
+from genesis.data.case_map import CaseMap
 from genesis.data.cohort import Case
 from genesis.data.intake import Outcome, Task, take_in
 from genesis.data.store import INCOMING, Modality, Volume, VolumeStore
@@ -500,3 +504,38 @@ def test_a_scheduler_that_does_not_answer_is_named(
     assert f"{address}: no Dask scheduler answers there" in message
     assert len(message.splitlines()) == 1
     assert not workspace.store.exists()
+
+
+@pytest.mark.parametrize("address", ["", " "])
+def test_an_empty_scheduler_is_refused(
+    address: str, workspace: Workspace, scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(workspace, scans, "--scheduler", address)
+    assert ended.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("genesis prepare: --scheduler is empty: give it the address")
+    assert not workspace.store.exists()
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_killed_in_the_middle_is_one_sentence(
+    workspace: Workspace, tmp_path: Path, dask: Dask
+) -> None:
+    dask.worker()
+    scan = save(tmp_path / "scans" / "0.nii.gz", np.kron(ct(0), np.ones((12, 12, 12), np.int16)))
+    for number in range(1, 50):  # the same voxels again, which are read all the same
+        os.link(scan, scan.with_name(f"{number}.nii.gz"))
+    arguments = ["--data", str(scan.parent), "--modality", "ct", "--workspace", str(workspace.root)]
+    command = [sys.executable, "-m", "genesis.prepare", *arguments, "--scheduler", dask.address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not list(workspace.store.glob("volumes/*.b2nd")):
+            time.sleep(0.05)
+            assert process.poll() is None
+        dask.scheduler.kill()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (message,) = (line for line in told.splitlines() if not line.startswith("reading "))
+    assert message.startswith("genesis prepare: The Dask scheduler ended, cannot be reached any more, or gave")
+    kept = CaseMap(workspace.case_map, os.path.relpath(workspace.store, workspace.root)).rows
+    assert 0 < len(kept) < 50

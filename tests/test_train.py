@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,6 +176,27 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert read_checkpoint(parts / "checkpoints" / "last.pt")["step"] == 8
 
 
+def test_the_progress_line_says_how_fast_it_is(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(workspace, "--steps", "4")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("training 4/4 steps · "))
+    found = re.search(r" · patches/s (\S+) · data wait (\d+)% · loss \d", line)
+    assert found
+    assert float(found[1]) > 0
+    assert 0 <= int(found[2]) <= 100
+
+
+def test_a_trace_of_a_run_that_is_finished_is_none(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(workspace, "--steps", "6", "--run", "traced", "--profile", "2")
+    trace, none = workspace / "runs" / "traced" / "trace.json", "--profile wrote no trace: too few steps were left"
+    out = capsys.readouterr().out
+    assert f"Trace of 2 steps: {trace}" in out
+    assert none not in out
+    written = trace.read_bytes()
+    train(workspace, "--resume", "--run", "traced", "--profile", "2", tiny=False)
+    assert none in capsys.readouterr().out
+    assert trace.read_bytes() == written
+
+
 def test_classification_only_says_so(workspace: Path) -> None:
     train(workspace, "--steps", "2", "--set", "method.lambda_rec=0")
     folder = workspace / "runs" / "semantic_genesis_3d"
@@ -233,7 +255,12 @@ def test_an_agreeing_data_section_is_accepted(workspace: Path) -> None:
             "at least one of them larger",
         ),
         (["--run", "a/b"], "no slashes"),
-        (["--steps", "2", "--profile", "2"], "--profile 2: expected fewer steps than the run's 2."),
+        (
+            ["--steps", "2", "--profile", "2"],
+            "--profile 2: expected a positive number of steps, fewer than the run's 2.",
+        ),
+        (["--profile", "-1"], "--profile -1: expected a positive number of steps, fewer than the run's"),
+        (["--dry-run", "--profile", "2"], "--dry-run writes nothing, so no trace either: leave out --profile"),
         (["--resume"], "--config and --set belong to a new run"),
         (["--set", "method.lambda_rec=0", "--set", "method.lambda_cls=0"], "nothing would be learned."),
     ],

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 
@@ -16,7 +19,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ANSWER_SECONDS = 5  # for the scheduler, and again for its first worker
+WORKERLESS_SECONDS = 300  # for workers to come back, as a batch system or a nanny restarts them
+LOOK_SECONDS = 10  # without a result, after which it is seen whether there are workers
 AHEAD = 10_000  # tasks that the scheduler knows at a time; each costs it some kB
+LOST = (
+    "The Dask scheduler ended, cannot be reached any more, or gave the tasks up; what was done until then is kept: "
+    "start it and its workers again, and repeat the command."
+)
 
 
 @contextlib.contextmanager
@@ -34,7 +43,7 @@ def cluster(scheduler: str) -> Iterator["Client"]:
             f"--scheduler {scheduler}: no Dask scheduler answers there; start one with: dask scheduler, "
             "and give the address that it prints."
         )
-    with Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False) as client:
+    with _quiet(), Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False) as client:
         try:
             client.wait_for_workers(1, timeout=ANSWER_SECONDS)
         except TimeoutError:
@@ -42,6 +51,18 @@ def cluster(scheduler: str) -> Iterator["Client"]:
                 f"--scheduler {scheduler} has no workers; start some with: dask worker {scheduler} --nthreads 1"
             ) from None
         yield client
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the client logs of a lost scheduler, which `in_cluster` says in a sentence."""
+    logger = logging.getLogger("distributed.client")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 async def _answers(scheduler: str) -> bool:
@@ -60,8 +81,24 @@ def in_cluster(
 ) -> Iterator[R]:
     """`map(function, tasks)` on a cluster; results come in the order of the tasks.
 
-    A task that kills its worker again and again yields `crashed(task)`; the others go on.
+    A task that kills its worker again and again yields `crashed(task)`; the others go on. Raises `UserError` when the
+    scheduler is lost, or gives tasks up, and when there have been no workers for WORKERLESS_SECONDS.
     """
+    from distributed.comm import CommClosedError
+
+    try:
+        yield from _results(function, tasks, client, crashed)
+    except (CancelledError, CommClosedError):
+        raise UserError(LOST) from None
+    except Exception:
+        if client.status == "running":
+            raise
+        raise UserError(LOST) from None
+
+
+def _results(
+    function: Callable[[T], R], tasks: Sequence[T], client: "Client", crashed: Callable[[T], R]
+) -> Iterator[R]:
     from distributed import KilledWorker
 
     def submit(task: T) -> "Future":
@@ -72,11 +109,33 @@ def in_cluster(
     while running:
         task, future = running.popleft()
         try:
-            result = future.result()
+            result = _result(future, client)
         except KilledWorker:  # Dask blames all tasks that were on that worker: this one may have done nothing
             try:
-                result = submit(task).result()
+                result = _result(submit(task), client)
             except KilledWorker:
                 result = crashed(task)
         yield result
         running.extend(islice(submitted, 1))
+
+
+def _result(future: "Future", client: "Client") -> Any:
+    """What the task returned or raised, as long as there are workers to wait for."""
+    seen = time.monotonic()
+    while True:
+        try:
+            return future.result(timeout=LOOK_SECONDS)
+        except TimeoutError:
+            if future.status == "error":  # the task's own
+                return future.result()
+        try:
+            workers = client.scheduler_info()["workers"]
+        except OSError:
+            raise UserError(LOST) from None
+        if workers:
+            seen = time.monotonic()
+        elif time.monotonic() > seen + WORKERLESS_SECONDS:
+            raise UserError(
+                f"The Dask scheduler has had no workers for {WORKERLESS_SECONDS} seconds; what was done until then is "
+                "kept: start some workers, and repeat the command."
+            )
