@@ -86,7 +86,7 @@ def write(name: str, rows: list[Row], *notes: str, libraries: tuple[str, ...] = 
     result = {
         "rows": [asdict(row) for row in rows],
         "notes": notes,
-        "environment": _environment(device, libraries),
+        "environment": environment(device, libraries),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -102,7 +102,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _environment(device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
+def environment(device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
     import torch
 
     environment: dict[str, Any] = {

@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from cohort import pseudo_labels
-from measure import _environment
+from measure import environment
 from torch.utils.data import DataLoader
 
 from genesis.config import Config, load_config
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"{constant.name:34} {constant.value:12.4g} {constant.unit:28} {constant.of}")
     result = {
         "constants": [vars(one) for one in constants],
-        "environment": _environment("cpu", ("blosc2", "nibabel")),
+        "environment": environment("cpu", ("blosc2", "nibabel")),
     }
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -162,14 +162,18 @@ def resizing(config: Config, store: VolumeStore, folder: Path) -> list[Constant]
     method = Reconstruction(3, settings.channels, 1)
     batch = next(iter(DataLoader(images, batch_size=settings.batch_size)))
     step = lambda: method(batch).losses["reconstruction"].backward()  # noqa: E731
-    latents = lambda: encode(method.autoencoder, images, torch.device("cpu"), settings.batch_size)  # noqa: E731
+    latents = lambda: encode(method.autoencoder, images, torch.device("cpu"))  # noqa: E731
     training, encoding = spent(step, TURNS), spent(latents, TURNS)
     shape = "×".join(map(str, settings.shape))
-    of = f"{settings.batch_size} of {shape}, on a CPU"
     return [
         Constant("resize for the autoencoder", seconds / SCANS / MILLIONS, PER_MILLION, f"{LARGE}, to {shape}"),
-        Constant("train the autoencoder", training, "core-s per step", f"forward and backward, {of}"),
-        Constant("encode", encoding / SCANS, "core-s per volume", of),
+        Constant(
+            "train the autoencoder",
+            training,
+            "core-s per step",
+            f"forward and backward, {settings.batch_size} of {shape}, on a CPU",
+        ),
+        Constant("encode", encoding / SCANS, "core-s per volume", f"{shape}, on a CPU"),
     ]
 
 
