@@ -33,7 +33,8 @@ from .data.intake import stamp
 from .data.resident import ResidentPatches
 from .data.store import MODALITIES
 from .engine.checkpoint import read_checkpoint
-from .engine.launch import launch
+from .engine.launch import launch, processes_here
+from .engine.memory import failing_allocation
 from .engine.method import Method
 from .engine.monitor import read_metrics
 from .engine.optimizer import OptimizerSettings
@@ -130,7 +131,9 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         if config.train.shard and fabric.world_size > 1:
             raise UserError("--dry-run cannot measure a divided network yet: add --set train.shard=false to it.")
-        fabric.print(_forecast(measure(method, train, **how), config, this.folder))
+        with failing_allocation(fabric.device, processes_here(fabric)):
+            estimate = measure(method, train, **how)
+        fabric.print(_forecast(estimate, config, this.folder))
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
     again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))

@@ -1,9 +1,10 @@
 """One step: parts of a batch, recomputed activations, compilation, memory that runs out; and what measures it."""
 
 import json
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from test_trainer import Points, Regression, train
 from torch import Tensor, nn
 
 from genesis.config import load_config
-from genesis.engine import preflight, step
+from genesis.data.workers import host_memory
+from genesis.engine import preflight, step, trainer
 from genesis.engine.batches import DataWait
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.launch import launch
-from genesis.engine.memory import bytes_kept, largest_that_fits
+from genesis.engine.memory import bytes_kept, failing_allocation, is_out_of_memory, largest_that_fits
 from genesis.engine.method import Batch, Method, Output
 from genesis.engine.monitor import read_metrics
 from genesis.engine.optimizer import OptimizerSettings
@@ -222,25 +224,37 @@ def test_many_that_fit_are_found_in_few_attempts(fit: int, found: int | range) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not promise more memory than there is")
 def test_what_does_not_fit_into_memory_fails_before_it_is_used() -> None:
-    """In a process of its own, whose limit stays; what fits half of the machine does not fit its part of four."""
-    program = """
-import torch
-from genesis.data.workers import host_memory
-from genesis.engine.launch import launch
-from genesis.engine.memory import is_out_of_memory, let_allocation_fail
-launch("cpu")
-half = torch.empty(host_memory()[0] // 2, dtype=torch.uint8)
-del half
-for processes, share in ((1, 1.5), (4, 0.5)):
-    let_allocation_fail(processes)
-    try:
+    """Half of the free memory fits, but not the part of one of four processes; afterwards all is as before."""
+
+    def take(share: float) -> None:
         torch.empty(int(share * host_memory()[0]), dtype=torch.uint8)
-    except Exception as error:
-        assert is_out_of_memory(error), error
-        print("told")
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == ["told", "told"]
+
+    for processes, fitting, too_much in ((1, 0.5, 1.5), (4, 0.1, 0.5)):
+        with failing_allocation(torch.device("cpu"), processes):
+            take(fitting)
+            with pytest.raises(RuntimeError) as raised:
+                take(too_much)
+            assert is_out_of_memory(raised.value)
+        take(0.5)
+    with failing_allocation(torch.device("cuda"), 4):
+        take(0.5)
+
+
+def test_a_training_on_a_cpu_fails_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[torch.device] = []
+    during: list[int] = []
+
+    @contextmanager
+    def noted(device: torch.device, processes: int) -> Iterator[None]:
+        assert processes == 1
+        inside.append(device)
+        yield
+        inside.append(device)
+
+    monkeypatch.setattr(trainer, "failing_allocation", noted)
+    train(tmp_path, Regression(forward_hook=lambda _: during.append(len(inside))), 2)
+    assert during == [1, 1]
+    assert inside == 2 * [torch.device("cpu")]
 
 
 def test_bytes_kept_for_backward() -> None:

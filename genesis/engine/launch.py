@@ -8,7 +8,7 @@ import torch
 
 from ..data.workers import available_cores
 from ..errors import UserError
-from .memory import keep_freed_memory, let_allocation_fail
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -29,7 +29,6 @@ def launch(device: str, *, alone: bool = False) -> "Fabric":
         raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
     if device == "cpu":
         keep_freed_memory()
-        let_allocation_fail(processes_here())
     devices, nodes = (1, 1) if alone else _processes()
     try:
         plugins = LightningEnvironment() if alone else None
@@ -42,16 +41,16 @@ def launch(device: str, *, alone: bool = False) -> "Fabric":
     return fabric
 
 
-def processes_here() -> int:
-    """Processes on this machine that torchrun or srun started together, with this one."""
-    return _processes()[0]
+def processes_here(fabric: "Fabric") -> int:
+    """Of a fabric's processes those on this machine."""
+    return min(fabric.world_size, _processes()[0])
 
 
 def worker_count(workers: int | str) -> int:
     """Data loading processes of each training process; "auto": half of its cores, at most 8, none of two or fewer."""
     if not isinstance(workers, str):
         return workers
-    cores = available_cores() // processes_here()
+    cores = available_cores() // _processes()[0]
     return min(8, cores // 2) if cores > 2 else 0
 
 

@@ -2,8 +2,8 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,21 +35,28 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, 2**25)  # the most it takes; larger blocks are given back
 
 
-def let_allocation_fail(share: int) -> None:
-    """Have what does not fit into memory fail, with an error that can be told, rather than end the process.
+@contextmanager
+def failing_allocation(device: torch.device, processes: int) -> Iterator[None]:
+    """Within, on a CPU, what does not fit into memory fails, with an error that can be told.
 
     Linux promises more memory than there is, and kills who uses it. So this process may take what it holds and, of
-    what the machine has left, swap included, one part in `share`.
+    what the machine has left, swap included, the part of one of `processes`.
     """
-    if sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux":
+        yield
         return
     import resource
 
     status, meminfo = Path("/proc/self/status"), Path("/proc/meminfo")
     held, swap = 1024 * number_in(status, "VmData:"), 1024 * number_in(meminfo, "SwapFree:")
-    most = held + (host_memory()[0] + swap) // share
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    most = held + (host_memory()[0] + swap) // processes
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    lower = min((most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)))
+    resource.setrlimit(resource.RLIMIT_DATA, (lower, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

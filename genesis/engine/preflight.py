@@ -86,7 +86,7 @@ def measure(
     seconds, waited = waiting.lap()()
     total = steps * seconds
 
-    peak, usable = peak_bytes(fabric.device), usable_bytes(fabric.device, processes_here())
+    peak, usable = peak_bytes(fabric.device), usable_bytes(fabric.device, processes_here(fabric))
     weights, moments = method.state_dict(), take_step.optimizer.state_dict()
     gradients = [weight for weight in method.parameters() if weight.requires_grad]
     fixed = at_rest + _bytes(moments) + _bytes(gradients)

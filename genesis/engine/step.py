@@ -154,7 +154,7 @@ class TrainingStep:
         less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in (part, few))  # both with the weights
         self._method.train()
         kept = (more - less) / (FEW - FEW // 2)
-        room = MARGIN * host_memory()[0] / processes_here()
+        room = MARGIN * host_memory()[0] / processes_here(self._fabric)
         if share * made + share // parts * kept > room:
             fits, in_parts = room / (made + 2 * kept), (room - share * made) / (2 * kept)
             raise UserError(self._refusal(share, int(fits), int(in_parts)))

@@ -18,7 +18,8 @@ from .alarms import SKIPPED_IN_A_ROW, alarm_before_the_end, check_weights, not_f
 from .batches import DataWait, failures_named, training_batches, validation_batches
 from .checkpoint import keep_previous, newest_intact, read_checkpoint, write_checkpoint
 from .interruption import interrupt_between_steps
-from .launch import launch
+from .launch import launch, processes_here
+from .memory import failing_allocation
 from .method import Batch, Method
 from .monitor import Monitor, Row, RunningMean, on_the_way, told_before_the_end
 from .optimizer import OptimizerSettings
@@ -137,6 +138,7 @@ def fit(
         interrupt_between_steps() as interrupted,
         alarm_before_the_end(monitor, lambda: state.step),
         failures_named(),
+        failing_allocation(fabric.device, processes_here(fabric)),
     ):
         for batch in chain([None] * state.judging, waiting.watch(batches)):  # None: that step was taken, not judged
             if batch is not None:
