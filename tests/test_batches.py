@@ -81,6 +81,15 @@ def test_samples_that_cannot_be_made_at_once_say_how_many_can() -> None:
     assert len(list(training_batches(Together(2**18), launch("cpu"), hungry, batch_size=21, **how))) == 3
 
 
+def test_memory_that_others_took_is_not_said_to_be_the_batch() -> None:
+    def once(batch: Batch, calls: list[int] = []) -> Batch:  # noqa: B006  to be remembered
+        calls.append(1)
+        return {"image": torch.empty(2**58) if len(calls) == 1 else batch["image"]}
+
+    with pytest.raises(UserError, match=r"^Memory ran out while patches were made: use fewer train.workers"):
+        next(training_batches(Together(2**18), launch("cpu"), once, steps=range(3), batch_size=8, workers=0))
+
+
 def test_validation_can_be_repeated() -> None:
     held_out = torch.utils.data.Subset(Together(10), range(6))
     found = validation_batches(held_out, launch("cpu"), doubled, batch_size=4, workers=0)

@@ -41,7 +41,7 @@ def test_a_result_is_kept_of_a_run_without_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(measure, "_environment", lambda *about: {})  # there may be no card
+    monkeypatch.setattr(measure, "environment", lambda *about: {})  # there may be no card
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *options])
     file = tmp_path / f"{name}.json"
     file.write_text("the kept one", encoding="utf-8")

@@ -27,6 +27,7 @@ NO_LIMIT = {**V1, "memory.limit_in_bytes": str(2**63 - 4096)}
         ("0::/job/step", {"job/step": V2}, (10e9, None)),
         ("4:memory:/job\n1:cpu:/\n0::/", {"memory": NO_LIMIT, "memory/job": V1}, (6e9, 9e9)),
         ("4:cpu,memory:/outside/docker\n0::/", {"memory": V1}, (6e9, 9e9)),  # in a container
+        ("0::/", {"": {**JOB, "memory.stat": "anon 1"}}, (1e9, 8e9)),
         ("0::/", {}, (10e9, None)),
         ("0::/", {"": JOB}, (5e9, 8e9)),
         ("0::/", {"": {**JOB, "memory.current": "99000000000"}}, (0, 8e9)),

@@ -150,9 +150,7 @@ class Hungry(Method):
 def test_a_batch_that_cannot_fit_says_what_would(tmp_path: Path) -> None:
     train(tmp_path, Hungry(), 2, batch_size=4)
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
-    with pytest.raises(
-        UserError, match=r"8 patches at once do not fit .* 5 do: use a batch_size of 5, or train.accumulate=2,"
-    ):
+    with pytest.raises(UserError, match=r"8 patches at once do not fit .* 5 do: use a smaller batch_size, or"):
         train(tmp_path, Hungry(), 4, batch_size=8, resume=True)
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
     train(tmp_path, Hungry(), 4, batch_size=8, settings=StepSettings(accumulate=2))
@@ -167,11 +165,13 @@ def test_a_batch_far_too_large_for_the_host_is_refused_before_it_is_computed(
 ) -> None:
     """A sample of Points has 4 + 3 floats and its key, 36 bytes; for backward Regression keeps 4 + 3 floats, 28."""
     calls: list[int] = []
-    monkeypatch.setattr(step, "host_memory", lambda: (100_000, 200_000))
-    with pytest.raises(UserError, match=r"1500 patches .* 978 do: use a batch_size of 978, or train\.accumulate=3,"):
+    monkeypatch.setattr(step, "host_memory", lambda swap: (100_000, 200_000))
+    with pytest.raises(UserError, match=r"1500 patches at once .* 978 do: use a smaller batch_size, or"):
         train(tmp_path, Regression(forward_hook=calls.append), 1, batch_size=1500)
-    with pytest.raises(UserError, match=r"5000 patches .* 978 do: use a batch_size of 978\.$"):
+    with pytest.raises(UserError, match=r"The 5000 patches of a step .* about 978 do: use a smaller batch_size\.$"):
         train(tmp_path, Regression(), 1, batch_size=5000)
+    with pytest.raises(UserError, match=f"1200 patches at once .* {int((90_000 - 2400 * 36) / (2 * 28))} do: use"):
+        train(tmp_path, Regression(), 1, batch_size=2400, settings=StepSettings(accumulate=2))
     assert len(calls) == 2  # of a few samples, twice
     assert not (tmp_path / "metrics.jsonl").exists()
     untouched, trained = Regression(0.2), Regression(0.2)

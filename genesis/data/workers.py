@@ -13,6 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -31,13 +33,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def host_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of memory that the machine, or the job of a cluster or container, has left, and has in all."""
+def host_memory(root: Path = Path("/"), *, swap: bool = False) -> tuple[int, int]:
+    """Bytes of memory that the machine, or the job of a cluster or container, has left, and has in all.
+
+    `swap`: what is left of the machine's swap counts as left, too.
+    """
+    if not hasattr(os, "sysconf"):
+        raise UserError("Host memory cannot be measured on Windows; use --device cuda, or data.resident=0.")
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():  # not Linux: as if nothing else ran
         return whole, whole
-    free = 1024 * number_in(meminfo, "MemAvailable:")
+    free = 1024 * (number_in(meminfo, "MemAvailable:") + swap * number_in(meminfo, "SwapFree:"))
     for most, used in _limits(root):
         free, whole = min(free, max(0, most - used)), min(whole, most)
     return free, whole
@@ -48,7 +55,8 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
 
     Both versions of control groups; a group is within the limits of those above it.
     """
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             top, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", ""
@@ -67,8 +75,9 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def number_in(file: Path, name: str) -> int:
-    """The number after a name in a file of lines."""
-    return next(int(words[1]) for words in map(str.split, file.read_text().splitlines()) if words[0] == name)
+    """The number after a name in a file of lines; 0 where there is no such line."""
+    lines = map(str.split, file.read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[0] == name), 0)
 
 
 def in_processes(

@@ -178,6 +178,13 @@ def _what_can_be_made(
     def attempt(count: int) -> None:
         first_samples(samples, fabric, prepare, count)
 
+    try:
+        attempt(too_many)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    else:  # by this process, alone
+        return "Memory ran out while patches were made: use fewer train.workers, or free some."
     fits = largest_that_fits(attempt, too_many)
     return (
         f"{too_many} patches at once do not fit into {memory_of(fabric.device)} before they are trained on, {fits} do: "

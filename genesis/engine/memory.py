@@ -13,7 +13,7 @@ from ..data.workers import host_memory, number_in
 from ..errors import UserError
 
 # In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.
-_SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "could not create a primitive")
+_SIGNS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc", "could not create a primitive")
 _NO_SIGN = "could not create a primitive descriptor"  # for a shape that oneDNN does not know
 
 MARGIN = 0.9  # of the memory is counted on: pieces of it are too small to use
@@ -47,9 +47,7 @@ def failing_allocation(device: torch.device, processes: int) -> Iterator[None]:
         return
     import resource
 
-    status, meminfo = Path("/proc/self/status"), Path("/proc/meminfo")
-    held, swap = 1024 * number_in(status, "VmData:"), 1024 * number_in(meminfo, "SwapFree:")
-    most = held + (host_memory()[0] + swap) // processes
+    most = 1024 * number_in(Path("/proc/self/status"), "VmData:") + host_memory(swap=True)[0] // processes
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     lower = min((most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)))
     resource.setrlimit(resource.RLIMIT_DATA, (lower, hard))

@@ -1,5 +1,6 @@
 """One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -145,19 +146,26 @@ class TrainingStep:
         """
         parts = self._settings.accumulate
         share = self._batch_size // self._fabric.world_size
-        if self._fabric.device.type != "cpu" or self._shard or share // parts <= FEW:
+        if self._fabric.device.type != "cpu" or self._shard or share // parts <= FEW or sys.platform == "win32":
             return
         few = first_samples(samples, self._fabric, prepare, FEW)
         made = sum(tensor.nbytes for tensor in few.values()) / FEW
         self._method.eval()
-        part = {name: tensor[: FEW // 2].clone() for name, tensor in few.items()}  # whose storage is all its own
-        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in (part, few))  # both with the weights
+        some = (
+            {name: x[:count].clone() for name, x in few.items()} for count in (FEW // 2, FEW)
+        )  # of storage of its own
+        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in some)  # both with the weights
         self._method.train()
-        kept = (more - less) / (FEW - FEW // 2)
-        room = MARGIN * host_memory()[0] / processes_here(self._fabric)
+        kept = max(1.0, (more - less) / (FEW - FEW // 2))
+        room = MARGIN * host_memory(swap=True)[0] / processes_here(self._fabric)
+        if share * made > room:
+            raise UserError(
+                f"The {share} patches of a step do not fit into {memory_of(self._fabric.device)}, about "
+                f"{int(room / (made + 2 * kept))} do: use a smaller batch_size."
+            )
         if share * made + share // parts * kept > room:
-            fits, in_parts = room / (made + 2 * kept), (room - share * made) / (2 * kept)
-            raise UserError(self._refusal(share, int(fits), int(in_parts)))
+            one_part = room / (made + 2 * kept)
+            raise UserError(self._refusal(share, int(one_part if parts == 1 else (room - share * made) / (2 * kept))))
 
     def gather(self) -> None:
         """Give the method the weights that were learned; the first process' is on the device then, to be used."""
@@ -261,7 +269,11 @@ class TrainingStep:
         """Found by trying, with room for the optimizer's state if it has none yet."""
         share = len(batch["image"])
         if self._shard:  # nothing can be tried without the other processes
-            return f"{self._too_many(share)}: use a larger train.accumulate, or a smaller train.batch_size."
+            at_once = f"{share // self._settings.accumulate} patches at once"
+            return (
+                f"{at_once} do not fit into {memory_of(self._fabric.device)}: use a larger train.accumulate, or a smaller "
+                "train.batch_size."
+            )
         room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
 
         def attempt(count: int) -> None:
@@ -272,7 +284,7 @@ class TrainingStep:
         fits = largest_that_fits(attempt, share // self._settings.accumulate)
         self._method.train()
         del room
-        return self._refusal(share, fits, fits)
+        return self._refusal(share, fits)
 
     def _eagerly(self, batch: Batch) -> Output:
         """Forward without the model's wrapper, so that no other process is waited for."""
@@ -280,20 +292,14 @@ class TrainingStep:
             output: Output = self._method(batch)
         return output
 
-    def _refusal(self, share: int, fits: int, in_parts: int) -> str:
-        """`in_parts`: how many fit at once while all patches of the step are there."""
+    def _refusal(self, share: int, fits: int) -> str:
+        where, at_once = memory_of(self._fabric.device), share // self._settings.accumulate
         if not fits:
-            where = memory_of(self._fabric.device)
             return f"Not even one patch fits into {where}: use a smaller data.patch_size or network, or another device."
-        said = f"{self._too_many(share)}, {fits} do: use a batch_size of {fits * self._fabric.world_size}"
-        if in_parts < 1:
-            return f"{said}."
-        parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= in_parts)
-        return f"{said}, or train.accumulate={parts}, which takes the {self._batch_size} in parts."
-
-    def _too_many(self, share: int) -> str:
-        at_once = share // self._settings.accumulate
-        return f"{at_once} patches at once do not fit into {memory_of(self._fabric.device)}"
+        return (
+            f"{at_once} patches at once do not fit into {where}, {fits} do: use a smaller batch_size, or a larger "
+            "train.accumulate, which takes a batch in parts where the method allows it."
+        )
 
 
 def check_division(batch_size: int, processes: int, parts: int) -> None:

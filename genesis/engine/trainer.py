@@ -87,7 +87,7 @@ def fit(
         resume: go on from `last.pt` if there is one, where it is damaged from `previous.pt`; otherwise what an earlier
             training left in `folder` is replaced.
         profile: steps of which `folder/trace.json` is to tell where their time went.
-        alone: the first of several processes, which it must be, trains by itself.
+        alone: the first of several processes, which it must be, trains by itself; a signal must reach that one.
 
     What goes wrong is an alarm in `metrics.jsonl`. Steps whose loss or gradient is not finite are skipped. After
     SKIPPED_IN_A_ROW of them the weights of `last.pt` are taken up again; if that is of no use, training stops and
