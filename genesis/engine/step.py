@@ -151,10 +151,8 @@ class TrainingStep:
         few = first_samples(samples, self._fabric, prepare, FEW)
         made = sum(tensor.nbytes for tensor in few.values()) / FEW
         self._method.eval()
-        some = (
-            {name: x[:count].clone() for name, x in few.items()} for count in (FEW // 2, FEW)
-        )  # of storage of its own
-        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in some)  # both with the weights
+        some = ({name: x[:count].clone() for name, x in few.items()} for count in (FEW // 2, FEW))
+        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in some)  # with the weights, both
         self._method.train()
         kept = max(1.0, (more - less) / (FEW - FEW // 2))
         room = MARGIN * host_memory(swap=True)[0] / processes_here(self._fabric)
@@ -269,11 +267,9 @@ class TrainingStep:
         """Found by trying, with room for the optimizer's state if it has none yet."""
         share = len(batch["image"])
         if self._shard:  # nothing can be tried without the other processes
-            at_once = f"{share // self._settings.accumulate} patches at once"
-            return (
-                f"{at_once} do not fit into {memory_of(self._fabric.device)}: use a larger train.accumulate, or a smaller "
-                "train.batch_size."
-            )
+            at_once, where = share // self._settings.accumulate, memory_of(self._fabric.device)
+            mend = "use a larger train.accumulate, or a smaller train.batch_size"
+            return f"{at_once} patches at once do not fit into {where}: {mend}."
         room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
 
         def attempt(count: int) -> None:
