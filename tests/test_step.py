@@ -16,7 +16,7 @@ from test_trainer import Points, Regression, train
 from torch import Tensor, nn
 
 from genesis.config import load_config
-from genesis.data.workers import host_memory
+from genesis.data.host_memory import host_memory
 from genesis.engine import preflight, step, trainer
 from genesis.engine.batches import DataWait
 from genesis.engine.checkpoint import read_checkpoint

@@ -15,11 +15,12 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from ..progress import progress
 from ..transforms.fused import kernels
+from .host_memory import host_memory
 from .patches import window_line
 from .resample import box_weights, local_range, resample, taps
 from .samplers import Patches, Sample
 from .store import Volume, VolumeMeta, VolumeStore
-from .workers import available_cores, host_memory, in_processes
+from .workers import available_cores, in_processes
 
 # Of a device's memory. On a GPU the network and its activations need the rest; what a CPU's has the processes share.
 AUTO_SHARE = {"cpu": 0.03, "cuda": 0.5}

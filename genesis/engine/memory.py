@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.workers import host_memory, number_in
+from ..data.host_memory import host_memory, number_in
 from ..errors import UserError
 
 # In errors of torch, CUDA, cuDNN and cuBLAS; of oneDNN, whose primitive needs memory once its descriptor is made.

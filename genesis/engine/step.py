@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data.workers import host_memory
+from ..data.host_memory import host_memory
 from ..errors import UserError
 from ..seeding import key
 from .batch_norm import join_batch_norms

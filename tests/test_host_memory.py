@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genesis.data.workers import host_memory
+from genesis.data.host_memory import host_memory
 
 V2 = {"memory.max": "max", "memory.current": "5000000000", "memory.stat": "active_file 1\ninactive_file 2"}
 JOB = {"memory.max": "8000000000", "memory.current": "7000000000",
