@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genesis.config import load_config
 from genesis.data.host_memory import host_memory
-from genesis.engine import preflight, step, trainer
+from genesis.engine import fitting, preflight, trainer
 from genesis.engine.batches import DataWait
 from genesis.engine.checkpoint import read_checkpoint
 from genesis.engine.launch import launch
@@ -165,7 +165,7 @@ def test_a_batch_far_too_large_for_the_host_is_refused_before_it_is_computed(
 ) -> None:
     """A sample of Points has 4 + 3 floats and its key, 36 bytes; for backward Regression keeps 4 + 3 floats, 28."""
     calls: list[int] = []
-    monkeypatch.setattr(step, "host_memory", lambda swap: (100_000, 200_000))
+    monkeypatch.setattr(fitting, "host_memory", lambda swap: (100_000, 200_000))
     with pytest.raises(UserError, match=r"1500 patches at once .* 978 do: use a smaller batch_size, or"):
         train(tmp_path, Regression(forward_hook=calls.append), 1, batch_size=1500)
     with pytest.raises(UserError, match=r"The 5000 patches of a step .* about 978 do: use a smaller batch_size\.$"):
@@ -176,7 +176,7 @@ def test_a_batch_far_too_large_for_the_host_is_refused_before_it_is_computed(
     assert not (tmp_path / "metrics.jsonl").exists()
     untouched, trained = Regression(0.2), Regression(0.2)
     train(tmp_path / "a", trained, 2, batch_size=16)
-    monkeypatch.setattr(step, "FEW", 1000)  # no check
+    monkeypatch.setattr(fitting, "FEW", 1000)  # no check
     train(tmp_path / "b", untouched, 2, batch_size=16)
     assert torch.equal(trained.linear.weight, untouched.linear.weight)
 
@@ -229,9 +229,9 @@ def test_what_does_not_fit_into_memory_fails_before_it_is_used() -> None:
     def take(share: float) -> None:
         torch.empty(int(share * host_memory()[0]), dtype=torch.uint8)
 
-    for processes, fitting, too_much in ((1, 0.5, 1.5), (4, 0.1, 0.5)):
+    for processes, little, too_much in ((1, 0.5, 1.5), (4, 0.1, 0.5)):
         with failing_allocation(torch.device("cpu"), processes):
-            take(fitting)
+            take(little)
             with pytest.raises(RuntimeError) as raised:
                 take(too_much)
             assert is_out_of_memory(raised.value)

@@ -7,7 +7,6 @@ process first touches it.
 """
 
 import hashlib
-import itertools
 import json
 import os
 from pathlib import Path
@@ -59,17 +58,17 @@ class CheckedArray:
         ranges = [range(*part.indices(side)) for part, side in zip(box, self._array.shape, strict=True)]
         if not all(ranges):
             return np.zeros([len(r) for r in ranges], self._array.dtype)
-        touched = (
-            range(r.start // step, r[-1] // step + 1) for r, step in zip(ranges, self._array.chunks, strict=True)
-        )
+        places = [
+            np.arange(r.start // step, r[-1] // step + 1) for r, step in zip(ranges, self._array.chunks, strict=True)
+        ]
         grid = [-(-side // step) for side, step in zip(self._array.shape, self._array.chunks, strict=True)]
+        touched = np.ravel_multi_index(np.ix_(*places), grid).ravel()
+        stored = self._array.schunk
         try:
-            for place in itertools.product(*touched):
-                chunk = int(np.ravel_multi_index(place, grid))
-                if not self._checked[chunk]:
-                    if isal_zlib.crc32(self._array.schunk.get_chunk(chunk)) != self._crc32[chunk]:
-                        raise damaged(self._file)
-                    self._checked[chunk] = True
+            for chunk in touched[~self._checked[touched]].tolist():
+                if isal_zlib.crc32(stored.get_chunk(chunk)) != self._crc32[chunk]:
+                    raise damaged(self._file)
+                self._checked[chunk] = True
             return self._array[box]
         except (RuntimeError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # the disk or the network, not the file

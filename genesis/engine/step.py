@@ -1,10 +1,9 @@
 """One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
 
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..data.host_memory import host_memory
 from ..errors import UserError
 from ..seeding import key
 from .batch_norm import join_batch_norms
-from .batches import first_samples
-from .launch import processes_here
-from .memory import MARGIN, bytes_kept, is_out_of_memory, largest_that_fits, memory_of
-from .method import Batch, Method, Output, parts_of
+from .fitting import Fitting
+from .memory import is_out_of_memory, memory_of
+from .method import Batch, Method, parts_of
 from .optimizer import OptimizerSettings
 from .sharding import copy_weights, divide_state, divided, local, whole
 
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 
 WHOLE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes: to look at bits
 
-FEW = 8  # patches of which the memory is measured
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -98,6 +94,7 @@ class TrainingStep:
             method.compile()
         self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
         self._fabric, self._method, self._settings = fabric, method, settings
+        self._fitting = Fitting(fabric, self._whole, self.autocast, settings.accumulate)
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
         self._fused = not self._shard or optimizer.name != "sgd"  # whose kernel does not take divided weights
         optim = optimizer.build(method.param_groups(), fused=self._fused)
@@ -134,36 +131,21 @@ class TrainingStep:
         else:
             return terms
         self.optimizer.zero_grad()
+        # Out of the handler, which keeps the failed step's tensors alive.
+        if self._shard:  # nothing can be tried without the other processes
+            at_once, where = len(batch["image"]) // self._settings.accumulate, memory_of(self._fabric.device)
+            mend = "use a larger train.accumulate, or a smaller train.batch_size"
+            raise UserError(f"{at_once} patches at once do not fit into {where}: {mend}.")
         self._fabric.print("Memory has run out; trying how many patches fit.")
-        raise UserError(self._what_fits(batch))  # out of the handler, which keeps the failed step's tensors alive
+        state = [] if self.optimizer.state else [torch.empty_like(x) for x in self._learned for _ in range(2)]
+        refusal = self._fitting.tried(batch, self._learned)
+        del state  # for which there must be room, too
+        raise UserError(refusal)
 
     def check_memory(self, samples: Dataset[Batch], prepare: Callable[[Batch], Batch]) -> None:
-        """Raise `UserError` that says what fits when a step's patches are far too many for the host's memory.
-
-        Found on a few of them, before anything is trained: a CPU would compute for minutes until it has no more. What a
-        forward pass keeps is the least that a step takes; measured was 1.6 to 1.8 times as much, for gradients, and
-        layouts of oneDNN's own. On CUDA, where what does not fit fails soon, what fits is tried.
-        """
-        parts = self._settings.accumulate
-        share = self._batch_size // self._fabric.world_size
-        if self._fabric.device.type != "cpu" or self._shard or share // parts <= FEW or sys.platform == "win32":
-            return
-        few = first_samples(samples, self._fabric, prepare, FEW)
-        made = sum(tensor.nbytes for tensor in few.values()) / FEW
-        self._method.eval()
-        some = ({name: x[:count].clone() for name, x in few.items()} for count in (FEW // 2, FEW))
-        less, more = (bytes_kept(partial(self._eagerly, batch)) for batch in some)  # with the weights, both
-        self._method.train()
-        kept = max(1.0, (more - less) / (FEW - FEW // 2))
-        room = MARGIN * host_memory(swap=True)[0] / processes_here(self._fabric)
-        if share * made > room:
-            raise UserError(
-                f"The {share} patches of a step do not fit into {memory_of(self._fabric.device)}, about "
-                f"{int(room / (made + 2 * kept))} do: use a smaller batch_size."
-            )
-        if share * made + share // parts * kept > room:
-            one_part = room / (made + 2 * kept)
-            raise UserError(self._refusal(share, int(one_part if parts == 1 else (room - share * made) / (2 * kept))))
+        """Before the first step: raises `UserError` that says what fits when a CPU's memory cannot hold one."""
+        if self._fabric.device.type == "cpu" and not self._shard:
+            self._fitting.check(samples, prepare, self._batch_size // self._fabric.world_size)
 
     def gather(self) -> None:
         """Give the method the weights that were learned; the first process' is on the device then, to be used."""
@@ -262,40 +244,6 @@ class TrainingStep:
             return norm
         gradients = [weight.grad for weight in self._learned if weight.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
-
-    def _what_fits(self, batch: Batch) -> str:
-        """Found by trying, with room for the optimizer's state if it has none yet."""
-        share = len(batch["image"])
-        if self._shard:  # nothing can be tried without the other processes
-            at_once, where = share // self._settings.accumulate, memory_of(self._fabric.device)
-            mend = "use a larger train.accumulate, or a smaller train.batch_size"
-            return f"{at_once} patches at once do not fit into {where}: {mend}."
-        room = [] if self.optimizer.state else [torch.empty_like(weight) for weight in self._learned for _ in range(2)]
-
-        def attempt(count: int) -> None:
-            losses = self._eagerly({name: tensor[:count] for name, tensor in batch.items()}).losses
-            torch.autograd.grad(torch.stack(list(losses.values())).sum(), self._learned, allow_unused=True)
-
-        self._method.eval()  # in which a method waits for no other process either
-        fits = largest_that_fits(attempt, share // self._settings.accumulate)
-        self._method.train()
-        del room
-        return self._refusal(share, fits)
-
-    def _eagerly(self, batch: Batch) -> Output:
-        """Forward without the model's wrapper, so that no other process is waited for."""
-        with self.autocast(), torch.compiler.set_stance("force_eager"):
-            output: Output = self._method(batch)
-        return output
-
-    def _refusal(self, share: int, fits: int) -> str:
-        where, at_once = memory_of(self._fabric.device), share // self._settings.accumulate
-        if not fits:
-            return f"Not even one patch fits into {where}: use a smaller data.patch_size or network, or another device."
-        return (
-            f"{at_once} patches at once do not fit into {where}, {fits} do: use a smaller batch_size, or a larger "
-            "train.accumulate, which takes a batch in parts where the method allows it."
-        )
 
 
 def check_division(batch_size: int, processes: int, parts: int) -> None:
