@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from genesis.data import scans
 from genesis.data.scans import Quarantine, Scan, read_label_map, read_scan, write_label_map
 
 ORIENTATIONS = [
@@ -208,6 +210,31 @@ def test_a_missing_slice_is_noticed(shared_data: Path) -> None:
 
 
 # --- round trips ---
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("dtype", ["u1", ">i2", "f4"])
+def test_scans_larger_than_the_buffer_are_turned_in_tiles(
+    order: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scans, "TILE", (4, 3))
+    monkeypatch.setattr(scans, "BUFFER", 2**11)
+    for shape in ((9, 23, 7), (23, 9, 4), (2, 2, 2), (1, 5, 6), (6, 1, 1), (0, 3, 2)):
+        array = volume(shape).astype(dtype).transpose(order).copy().transpose(np.argsort(order))
+        for flips in itertools.product((1, -1), repeat=3):
+            source, target = array[tuple(slice(None, None, step) for step in flips)], np.zeros(shape, dtype)
+            scans._copy(source, target)
+            np.testing.assert_array_equal(target, source)
+
+
+@pytest.mark.parametrize("shape", [(3000, 1, 2000), (3000, 2000, 1), (1, 3000, 2000), (1500, 2, 2000)])
+def test_turning_takes_little_memory(shape: tuple[int, int, int]) -> None:
+    source, target = np.zeros(shape, np.int16, order="F"), np.zeros(shape, np.int16)
+    tracemalloc.start()
+    scans._copy(source, target)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * scans.BUFFER
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)

@@ -1,8 +1,10 @@
 """One step: parts of a batch, recomputed activations, compilation, memory that runs out; and what measures it."""
 
+import gc
 import json
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -158,6 +160,20 @@ def test_a_batch_that_cannot_fit_says_what_would(tmp_path: Path) -> None:
     starved.most = 0
     with pytest.raises(UserError, match="Not even one patch fits"):
         train(tmp_path, starved, 2)
+
+
+def test_a_step_is_freed_with_its_last_user() -> None:
+    """Not when Python next looks for circles: the next model may not fit beside it."""
+    regression = Regression()
+    step = TrainingStep(launch("cpu"), regression, ADAM, StepSettings(), batch_size=16, steps=1, seed=0)
+    step.check_memory(Points(), regression.prepare)
+    freed = weakref.ref(step), weakref.ref(regression)
+    gc.disable()
+    try:
+        del step, regression
+        assert [reference() for reference in freed] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_batch_far_too_large_for_the_host_is_refused_before_it_is_computed(

@@ -185,8 +185,9 @@ def test_damage_is_noticed_in_what_is_read_and_only_there(store: Path) -> None:
     volume = VolumeStore(store)["v1"]
     volume.read()
     volume.labels((slice(0, 1),) * 3)
-    with pytest.raises(UserError, match="delete that file and run"):
-        volume.labels()
+    for box in (None, (slice(None, None, -1),) * 3):
+        with pytest.raises(UserError, match="delete that file and run"):
+            volume.labels(box)
 
 
 def test_files_that_are_no_volumes_and_of_another_schema(store: Path) -> None:

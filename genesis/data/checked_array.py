@@ -59,7 +59,8 @@ class CheckedArray:
         if not all(ranges):
             return np.zeros([len(r) for r in ranges], self._array.dtype)
         places = [
-            np.arange(r.start // step, r[-1] // step + 1) for r, step in zip(ranges, self._array.chunks, strict=True)
+            np.arange(min(r[0], r[-1]) // step, max(r[0], r[-1]) // step + 1)
+            for r, step in zip(ranges, self._array.chunks, strict=True)
         ]
         grid = [-(-side // step) for side, step in zip(self._array.shape, self._array.chunks, strict=True)]
         touched = np.ravel_multi_index(np.ix_(*places), grid).ravel()

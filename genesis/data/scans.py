@@ -1,6 +1,7 @@
 """Read one scan of any format, in RAS+, and write label maps back onto the grid it came from."""
 
 import gzip
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ SHEAR = 0.01  # largest cosine between two axes; 0.6°
 SPACING_MM = (0.01, 100.0)  # beyond it a voxel size is a mistake
 NON_FINITE = 0.01  # the share of NaN and infinite voxels above which a scan is refused
 MISPLACED = 0.5  # how far, in voxels, the corners of a label map may lie from those of its image
-PLANES, PADDING = 2, 32  # of a buffer to turn scans in: how many, and voxels by which a line is longer than it need be
+BUFFER, TILE, CACHE_LINE = 2**18, (512, 256), 64  # bytes, voxels, bytes; see `_copy`
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,23 +174,29 @@ def _oriented(raw: Raw) -> Scan:
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """The same values (x, y, z), turned in a buffer in the source's order that fits into the cache.
+    """Copy (x, y, z) into C order; where the order in memory turns, tile by tile through a buffer that fits the cache.
 
-    Its lines are of uneven length: at distances of a power of two they would evict each other from the cache. Measured
-    twice as fast as NumPy's copies of planes, and three to ten times for sagittal scans.
+    A tile is read along the source's innermost axis and written along z. Lines of the buffer take an odd number of those
+    of the cache: at distances of a power of two they would evict each other. Measured against copies of whole planes:
+    half the time for axial scans of 512 by 512, a quarter for sagittal ones, about the same for small ones.
     """
     forward = tuple(slice(None, None, -1 if step < 0 else 1) for step in source.strides)
     source, target = source[forward], target[forward]
-    over = int(np.argmin(source.strides) == 0)  # an axis, neither the source's nor the target's innermost
-    source, target = np.moveaxis(source, over, 0), np.moveaxis(target, over, 0)
-    outer_first = np.argsort(source.strides)[::-1]
-    sides = np.array([PLANES, *source.shape[1:]])[outer_first] + (0, 0, PADDING)
-    buffer = np.empty(sides, source.dtype).transpose(np.argsort(outer_first))
-    for first in range(0, len(source), PLANES):
-        planes = source[first : first + PLANES]
-        part = buffer[tuple(map(slice, planes.shape))]
-        part[...] = planes
-        target[first : first + PLANES] = part
+    inner = int(np.argmin(source.strides))
+    if inner == 2 or min(source.shape) < 2:  # nothing turns, or NumPy does it well
+        target[...] = source
+        return
+    source, target = (np.moveaxis(array, 1 - inner, 0) for array in (source, target))
+    width, depth = map(min, source.shape[1:], TILE)
+    line = (-(-width * source.itemsize // CACHE_LINE) | 1) * CACHE_LINE // source.itemsize
+    planes = max(1, BUFFER // (depth * line * source.itemsize))
+    buffer = np.empty((planes, depth, line), source.dtype).transpose(0, 2, 1)
+    steps = (planes, width, depth)
+    for corner in itertools.product(*(range(0, side, step) for side, step in zip(source.shape, steps, strict=True))):
+        tile = tuple(slice(start, start + step) for start, step in zip(corner, steps, strict=True))
+        part = buffer[tuple(map(slice, source[tile].shape))]
+        part[...] = source[tile]
+        target[tile] = part
 
 
 def _values(array: np.ndarray) -> tuple[float, float]:

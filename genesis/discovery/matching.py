@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data.store import Volume
@@ -64,7 +64,7 @@ def carry(
     if space == "body":
         return from_body(to_body(points_mm, reference.meta), neighbour.meta), torch.ones(len(points_mm))
     fixed, moving = _edges(reference, step_mm), _edges(neighbour, step_mm)
-    points = torch.cat([(points_mm - fixed.origin_mm) / step_mm, fixed.lattice])
+    points = torch.cat([(points_mm - fixed.origin_mm) / step_mm, _lattice(reference, step_mm)])
     here, there = (fixed.middle / 4).round(), (moving.middle / 4).round()
     whole = correlate(fixed.quarter, moving.quarter, here.long(), there.long(), WHOLE)
     moved = ((there - here + _peak(whole)) * 4).expand(len(points), 3)
@@ -150,7 +150,6 @@ class _Edges(NamedTuple):
     quarter: Float[Tensor, "i j k"]
     origin_mm: Float[Tensor, " 3"]
     middle: Float[Tensor, "1 3"]  # of the body, in voxels
-    lattice: Float[Tensor, "n 3"]  # places through the body, in voxels
 
 
 @lru_cache(maxsize=48)  # some 6 MB each; a neighbour and the references of 44 classes
@@ -167,7 +166,7 @@ def _edges(volume: Volume, step_mm: float) -> _Edges:
     half = _halve(full)
     low, side = body_box(volume.meta)
     middle = (low + side / 2 - copy.origin_mm) / step_mm
-    return _Edges(full, half, _halve(half), copy.origin_mm, middle[None], _lattice(copy.body()))
+    return _Edges(full, half, _halve(half), copy.origin_mm, middle[None])
 
 
 def _halve(x: Float[Tensor, "x y z"]) -> Float[Tensor, "u v w"]:
@@ -176,8 +175,10 @@ def _halve(x: Float[Tensor, "x y z"]) -> Float[Tensor, "u v w"]:
     return F.avg_pool3d(x[None], kernel, stride=2, padding=[k // 2 for k in kernel], count_include_pad=False)[0]
 
 
-def _lattice(body: Bool[Tensor, "x y z"]) -> Float[Tensor, "n 3"]:
-    """Places through the body, in voxels."""
+@lru_cache(maxsize=48)
+def _lattice(volume: Volume, step_mm: float) -> Float[Tensor, "n 3"]:
+    """Places through the body, in voxels of the coarse copy."""
+    body = coarse(volume, step_mm).body()
     cells = [min(LATTICE, n) for n in body.shape]
     within = F.avg_pool3d(body.float()[None], cells)[0] > 0.5
     return within.nonzero() * torch.tensor(cells) + (torch.tensor(cells) - 1) / 2

@@ -1,6 +1,5 @@
 """How many patches a step can take: judged by a few before the first, and tried when memory has run out."""
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +23,7 @@ FEW = 8  # patches of which the memory is measured
 
 
 class Fitting:
-    """Of a method that computes a step in so many parts, as `autocast` has it."""
+    """Of a method that computes its share of a batch in so many parts, each within `autocast`."""
 
     def __init__(
         self, fabric: "Fabric", method: Method, autocast: Callable[[], AbstractContextManager], parts: int
@@ -32,13 +31,13 @@ class Fitting:
         self._fabric, self._method, self._autocast, self._parts = fabric, method, autocast, parts
 
     def check(self, samples: Dataset[Batch], prepare: Callable[[Batch], Batch], share: int) -> None:
-        """Raise `UserError` that says what fits when a process' share of a step is far too large for the host's memory.
+        """Raise `UserError` that says what fits when a process' share of a batch is far too large for host memory.
 
         Found on a few patches, before anything is trained: a CPU would compute for minutes until it has no more. What a
         forward pass keeps is the least that a step takes; measured was 1.6 to 1.8 times as much, for gradients, and
-        layouts of oneDNN's own. On CUDA, where what does not fit fails soon, what fits is tried.
+        layouts of oneDNN's own.
         """
-        if share // self._parts <= FEW or sys.platform == "win32":
+        if share // self._parts <= FEW:
             return
         few = first_samples(samples, self._fabric, prepare, FEW)
         made = sum(tensor.nbytes for tensor in few.values()) / FEW

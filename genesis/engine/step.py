@@ -1,5 +1,6 @@
 """One step of training: gradients of a batch, whole or in parts, and what the optimizer makes of them."""
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -94,7 +95,6 @@ class TrainingStep:
             method.compile()
         self._bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda)
         self._fabric, self._method, self._settings = fabric, method, settings
-        self._fitting = Fitting(fabric, self._whole, self.autocast, settings.accumulate)
         self._rule, self._batch_size, self._steps, self._seed = optimizer, batch_size, steps, seed
         self._fused = not self._shard or optimizer.name != "sgd"  # whose kernel does not take divided weights
         optim = optimizer.build(method.param_groups(), fused=self._fused)
@@ -131,21 +131,24 @@ class TrainingStep:
         else:
             return terms
         self.optimizer.zero_grad()
-        # Out of the handler, which keeps the failed step's tensors alive.
         if self._shard:  # nothing can be tried without the other processes
             at_once, where = len(batch["image"]) // self._settings.accumulate, memory_of(self._fabric.device)
             mend = "use a larger train.accumulate, or a smaller train.batch_size"
             raise UserError(f"{at_once} patches at once do not fit into {where}: {mend}.")
         self._fabric.print("Memory has run out; trying how many patches fit.")
+        # Out of the handler, which keeps the failed step's tensors alive; with room for the optimizer's state.
         state = [] if self.optimizer.state else [torch.empty_like(x) for x in self._learned for _ in range(2)]
-        refusal = self._fitting.tried(batch, self._learned)
-        del state  # for which there must be room, too
+        refusal = self._fitting().tried(batch, self._learned)
+        del state
         raise UserError(refusal)
 
     def check_memory(self, samples: Dataset[Batch], prepare: Callable[[Batch], Batch]) -> None:
-        """Before the first step: raises `UserError` that says what fits when a CPU's memory cannot hold one."""
-        if self._fabric.device.type == "cpu" and not self._shard:
-            self._fitting.check(samples, prepare, self._batch_size // self._fabric.world_size)
+        """Before the first step: raises `UserError` that says what fits when a CPU's memory cannot hold one.
+
+        On CUDA what does not fit fails soon, and then what fits is tried.
+        """
+        if self._fabric.device.type == "cpu" and not self._shard and sys.platform != "win32":
+            self._fitting().check(samples, prepare, self._batch_size // self._fabric.world_size)
 
     def gather(self) -> None:
         """Give the method the weights that were learned; the first process' is on the device then, to be used."""
@@ -181,6 +184,10 @@ class TrainingStep:
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def _fitting(self) -> Fitting:
+        """Not kept, since it holds this step: weights of either would stay until Python looks for such circles."""
+        return Fitting(self._fabric, self._method, self.autocast, self._settings.accumulate)
 
     def _gradients_or_eager(self, batch: Batch, step: int) -> list[dict[str, Tensor]]:
         try:
