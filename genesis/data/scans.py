@@ -176,9 +176,9 @@ def _oriented(raw: Raw) -> Scan:
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
     """Copy (x, y, z) into C order; where the order in memory turns, tile by tile through a buffer that fits the cache.
 
-    A tile is read along the source's innermost axis and written along z. Lines of the buffer take an odd number of those
-    of the cache: at distances of a power of two they would evict each other. Measured against copies of whole planes:
-    half the time for axial scans of 512 by 512, a quarter for sagittal ones, about the same for small ones.
+    A tile is read along the source's innermost axis and written along z. The buffer's lines take an odd number of the
+    cache's: at distances of a power of two they would evict each other. Measured against copies of whole planes: half
+    the time for axial scans of 512 by 512, a quarter for sagittal ones, about the same for small ones.
     """
     forward = tuple(slice(None, None, -1 if step < 0 else 1) for step in source.strides)
     source, target = source[forward], target[forward]
