@@ -1,4 +1,4 @@
-"""How much memory a step takes, and how large a batch fits."""
+"""Memory of a device or the host: how much there is, is held and is kept, and what it looks like when it runs out."""
 
 import ctypes
 import sys
