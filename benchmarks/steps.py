@@ -12,6 +12,7 @@ from genesis.methods.semantic_genesis import SemanticGenesis
 
 def stepper(method: SemanticGenesis, batch: Batch) -> Callable[[], None]:
     """A function that takes one step: bf16 autocast on CUDA and Adam as one kernel, as the trainer has it."""
+    method.train()  # `genesis.train` leaves it in eval mode, in which batch norm computes no statistics
     device = batch["image"].device
     optimizer = torch.optim.Adam(method.parameters(), 1e-4, fused=True)
 

@@ -5,7 +5,7 @@
 
 `python -m genesis.train` itself runs, on a store of phantoms and patches at random places, and every step is stamped
 when it ends; the first steps, validation and checkpoints do not count, logging does. The rival takes its steps with the
-very network that was trained, laid out and compiled as the trainer left it, on a batch that it was trained on: a card's
+very network that was trained, laid out and compiled as for the trainer, on a batch that it was trained on: a card's
 clock follows its power, which depends on the data. The two take turns; of each counts the quickest row of steps.
 """
 
@@ -25,6 +25,7 @@ from steps import matrix_rate, seconds_of, step_flops, stepper
 
 from genesis.cli import main as genesis
 from genesis.config import Config, load_config
+from genesis.data.store import VolumeStore
 from genesis.engine.method import Batch, Method
 from genesis.methods import METHODS, Facts
 from genesis.methods.semantic_genesis import SemanticGenesis
@@ -88,12 +89,15 @@ def train(workspace: Workspace, config: str, options: argparse.Namespace, turn: 
     return Stamped.trained, "torch.compile failed" in said.getvalue()
 
 
-def compare(config: str, options: argparse.Namespace, folder: Path) -> list[Row]:
-    cuda = options.device == "cuda"
-    workspace = Workspace(folder / config)
+def prepared(folder: Path, cuda: bool) -> tuple[Workspace, VolumeStore]:
     shape, count = ((192, 192, 96), 24) if cuda else ((88, 76, 68), 16)
     spacing = (2.0, 2.0, 2.5) if cuda else (3.6, 3.6, 4.5)
-    store = read(write_scans(folder / "scans" / config, count, shape, spacing), workspace, sample=not cuda)
+    workspace = Workspace(folder / "workspace")
+    return workspace, read(write_scans(folder / "scans", count, shape, spacing), workspace, sample=not cuda)
+
+
+def compare(config: str, options: argparse.Namespace, workspace: Workspace, store: VolumeStore) -> list[Row]:
+    cuda = options.device == "cuda"
     settings = load_config(config, sample=store.sample)
     write_discovery(workspace, store, settings)
     batch_size, device = settings.train.batch_size, torch.device(options.device)
@@ -134,7 +138,8 @@ def main() -> None:
     METHODS["semantic_genesis"] = stamped
     configs = ("semantic_genesis_3d_published", "semantic_genesis_3d") if cuda else ("semantic_genesis_3d",)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for config in configs for row in compare(config, options, Path(folder))]
+        workspace, store = prepared(Path(folder), cuda)
+        rows = [row for config in configs for row in compare(config, options, workspace, store)]
     write(
         f"training_{options.device}",
         rows,
