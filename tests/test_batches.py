@@ -1,6 +1,7 @@
 """Batches of a training: the same whatever step it begins at, and made for several steps at once where that pays."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ def doubled(batch: Batch) -> Batch:
     return {**batch, "double": 2 * batch["key"]}
 
 
-def made(steps: range, *, voxels: int = 10, batch_size: int = 4) -> list[dict[str, list[int]]]:
-    found = training_batches(Together(voxels), launch("cpu"), doubled, steps=steps, batch_size=batch_size, workers=0)
+def made(steps: range, *, voxels: int = 10, batch_size: int = 4, device: str = "cpu") -> list[dict[str, list[int]]]:
+    how: dict = {"steps": steps, "batch_size": batch_size, "workers": 0}
+    found = training_batches(Together(voxels), launch(device), doubled, **how)
     return [{name: values.tolist() for name, values in batch.items() if name != "image"} for batch in found]
 
 
@@ -66,6 +68,26 @@ def test_small_batches_are_made_for_several_steps_at_once(voxels: int, steps: in
     counts = {count for batch in made(range(9), voxels=voxels) for count in batch["count"]}
     assert counts == {4 * steps}
     assert batches.VOXELS_AT_ONCE == 2**20
+
+
+@pytest.mark.parametrize(
+    ("memory", "voxels", "workers", "steps"),
+    [(141e9, 2**17, 0, 7), (141e9, 2**12, 0, 8), (80e9, 2**17, 0, 3), (8e9, 2**17, 0, 1), (141e9, 2**12, 2, 1)],
+)
+def test_how_many_on_cuda_depends_on_its_memory(
+    memory: float, voxels: int, workers: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 samples each; where processes cut them, one at a time."""
+    device = SimpleNamespace(total_memory=int(memory))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    assert batches._steps_at_once(Together(voxels), torch.device("cuda"), 64, workers) == steps
+
+
+@pytest.mark.gpu
+def test_on_cuda_every_step_has_its_samples() -> None:
+    found = made(range(3, 20), device="cuda")
+    assert [batch["key"] for batch in found] == [list(range(4 * step, 4 * step + 4)) for step in range(3, 20)]
+    assert {count for batch in found for count in batch["count"]} == {32}
 
 
 def test_samples_that_cannot_be_made_at_once_say_how_many_can() -> None:
