@@ -17,20 +17,20 @@ from genesis.errors import UserError
 class Together(Dataset[Batch]):
     """Samples that know how many were asked for with them, and which was the first of those."""
 
-    def __init__(self, voxels: int) -> None:
-        self.voxels = voxels
+    def __init__(self, voxels: int, device: str = "cpu") -> None:
+        self.voxels, self.device = voxels, device
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        key = torch.tensor(indices)
-        image = torch.zeros(1).expand(len(key), self.voxels)
+        key = torch.tensor(indices, device=self.device)
+        image = torch.zeros(1, device=self.device).expand(len(key), self.voxels)
         return {
             "image": image,
             "key": key,
             "first": key[0].expand(len(key)),
-            "count": torch.full((len(key),), len(key)),
+            "count": torch.full_like(key, len(key)),
         }
 
 
@@ -40,7 +40,7 @@ def doubled(batch: Batch) -> Batch:
 
 def made(steps: range, *, voxels: int = 10, batch_size: int = 4, device: str = "cpu") -> list[dict[str, list[int]]]:
     how: dict = {"steps": steps, "batch_size": batch_size, "workers": 0}
-    found = training_batches(Together(voxels), launch(device), doubled, **how)
+    found = training_batches(Together(voxels, device), launch(device), doubled, **how)
     return [{name: values.tolist() for name, values in batch.items() if name != "image"} for batch in found]
 
 
@@ -71,16 +71,23 @@ def test_small_batches_are_made_for_several_steps_at_once(voxels: int, steps: in
 
 
 @pytest.mark.parametrize(
-    ("memory", "voxels", "workers", "steps"),
-    [(141e9, 2**17, 0, 7), (141e9, 2**12, 0, 8), (80e9, 2**17, 0, 3), (8e9, 2**17, 0, 1), (141e9, 2**12, 2, 1)],
+    ("memory", "voxels", "cut_on", "steps"),
+    [
+        (141e9, 2**17, "cuda", 7),
+        (141e9, 2**12, "cuda", 8),
+        (80e9, 2**17, "cuda", 3),
+        (8e9, 2**17, "cuda", 1),
+        (141e9, 2**12, "cpu", 1),
+    ],
 )
 def test_how_many_on_cuda_depends_on_its_memory(
-    memory: float, voxels: int, workers: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    memory: float, voxels: int, cut_on: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 64 samples each; where processes cut them, one at a time."""
-    device = SimpleNamespace(total_memory=int(memory))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    assert batches._steps_at_once(Together(voxels), torch.device("cuda"), 64, workers) == steps
+    """Of 64 samples each; one at a time of what streams."""
+    properties = SimpleNamespace(total_memory=int(memory))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    image = SimpleNamespace(device=torch.device(cut_on), numel=lambda: voxels)
+    assert batches._steps_at_once([{"image": image}], torch.device("cuda"), 64) == steps  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

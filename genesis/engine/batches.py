@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 STALLED = 1800.0  # seconds without a batch after which the data loading processes count as stuck
 # The batches of this many steps are made at once: of small ones it takes longer to call PyTorch's operations than to do
 # them. On the CPU, while they have no more voxels than that: measured with the sample, cutting and corruption together
-# take 4.4 ms a step instead of 7.0. On CUDA, while what they are made of takes no more than that share of the memory.
+# take 4.4 ms a step instead of 7.0. On CUDA, where they are cut there, while making them takes no more than that share
+# of the memory; what streams is cut by processes, which would hold, each, some such batches.
 STEPS_AT_ONCE, VOXELS_AT_ONCE = 8, 2**20
 SHARE_AT_ONCE, BYTES_A_VOXEL = 1 / 16, 150
 
@@ -48,7 +49,7 @@ def training_batches(
     if not steps:
         return iter(())
     share = batch_size // fabric.world_size
-    together = _steps_at_once(samples, fabric.device, share, worker_count(workers))
+    together = _steps_at_once(samples, fabric.device, share)
     begin = steps.start - steps.start % together
 
     def slices() -> Iterator[list[int]]:
@@ -167,13 +168,12 @@ class _Prepared:
         return (self.prepare(self.fabric.to_device(batch)) for batch in self.loader)
 
 
-def _steps_at_once(samples: Dataset[Batch], device: torch.device, share: int, workers: int) -> int:
-    most = VOXELS_AT_ONCE
+def _steps_at_once(samples: Dataset[Batch], device: torch.device, share: int) -> int:
+    image, most = samples[0]["image"], VOXELS_AT_ONCE
     if device.type == "cuda":
-        if workers:  # who do the cutting, and would hold, each, some such batches in shared memory
-            return 1
-        most = int(SHARE_AT_ONCE * torch.cuda.get_device_properties(device).total_memory / BYTES_A_VOXEL)
-    return max(1, min(STEPS_AT_ONCE, most // (share * samples[0]["image"].numel())))
+        memory = torch.cuda.get_device_properties(device).total_memory
+        most = int(SHARE_AT_ONCE * memory / BYTES_A_VOXEL) if image.device.type == "cuda" else 0
+    return max(1, min(STEPS_AT_ONCE, most // (share * image.numel())))
 
 
 def _what_can_be_made(
@@ -188,7 +188,9 @@ def _what_can_be_made(
         if not is_out_of_memory(error):
             raise
     else:  # by this process, alone
-        return "Memory ran out while patches were made: use fewer train.workers, or free some."
+        return (
+            "Memory ran out while patches were made: use fewer train.workers or a smaller data.resident, or free some."
+        )
     fits = largest_that_fits(attempt, too_many)
     return (
         f"{too_many} patches at once do not fit into {memory_of(fabric.device)} before they are trained on, {fits} do: "

@@ -69,7 +69,7 @@ def measure(
     prepare = method.prepare
     take_step.check_memory(train, prepare)
     batches = training_batches(train, fabric, prepare, steps=range(10_000), batch_size=batch_size, workers=workers)
-    batch = next(batches)  # on a CPU, of several steps: what that takes does not grow with the batch
+    batch = next(batches)  # perhaps of several steps: what that takes does not grow with the batch
     at_rest = held_bytes(fabric.device)
     take_step(batch, 0)
     for step in range(1, WARM_UP):
