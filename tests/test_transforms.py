@@ -163,8 +163,12 @@ def test_all_permutations_of_a_window_are_equally_likely() -> None:
 @pytest.mark.parametrize("spatial", [(40, 32, 20), (230, 200)])
 def test_needed_voxels_show_what_they_show_anyway(spatial: tuple[int, ...]) -> None:
     needed = torch.rand(3, *spatial, generator=torch.Generator().manual_seed(0)) < 0.4
+    needed[1:] = False
+    needed[2, ..., -1:] = True
     source = LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)), needed)
     assert torch.equal(source[needed], LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)))[needed])
+    nothing = LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)), torch.zeros_like(needed))
+    assert torch.equal(nothing.flatten(1), torch.arange(needed[0].numel()).expand(3, -1))
 
 
 def test_images_too_long_to_shuffle() -> None:

@@ -42,9 +42,9 @@ class LocalShuffle(Transform[Tensor]):
         fused = kernels(generator.device)
         if fused is not None:
             return fused.sources(*generator.take(forms.numbers), forms).view(batch, *spatial)
-        # Off the CPU the number of slots must not depend on the draws: the host would have to wait for the device.
-        slots = None if generator.device.type == "cpu" else forms.slots(batch)
-        source = _sources(_draw(forms, generator, slots), forms, needed).view(batch, -1)
+        # Off the CPU no number may depend on the draws: the host would have to wait for the device.
+        slots, needed = (None, needed) if generator.device.type == "cpu" else (forms.slots(batch), None)
+        source = _sources(_draw(forms, generator, slots, needed), forms, needed).view(batch, -1)
         first = torch.arange(0, source.numel(), source.shape[1], device=source.device)
         return source.long().sub_(first.unsqueeze(1)).view(batch, *spatial)
 
@@ -128,10 +128,12 @@ def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
     )
 
 
-def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
+def _draw(
+    forms: Forms, generator: BatchGenerator, slots: int | None, needed: Bool[Tensor, "b *spatial"] | None = None
+) -> _Windows:
     """Random windows; with `slots`, so many in all: what goes beyond is cut off, what is left a last window takes.
 
-    That one is outside of all images.
+    That one is outside of all images. With `needed`, most windows that cover no such voxel are left out.
     """
     *draws, words = generator.bits(1 + len(forms.spatial), forms.windows).unbind(1)
     volume, form = torch.ones_like(words), torch.zeros_like(words)
@@ -144,11 +146,14 @@ def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Window
         volume.addcmul_(volume, beyond)
         form.mul_(longest).add_(beyond)
         corner.mul_(dim).add_(place)
-    volumes, starts = volume.flatten(), forms.starts.index_select(0, form.flatten())
-    corners, words = corner.flatten(), words.flatten()
+    volumes, form, corners, words = (numbers.flatten() for numbers in (volume, form, corner, words))
+    if needed is not None:
+        kept = _before(needed, forms.longest).flatten().index_select(0, corners).nonzero().squeeze(1)
+        volumes, form, corners, words = (numbers.index_select(0, kept) for numbers in (volumes, form, corners, words))
+    starts = forms.starts.index_select(0, form)
     ends = volumes.cumsum(0, dtype=torch.int32)
     if slots is None:
-        return _Windows(len(generator), int(ends[-1]), volumes, ends - volumes, starts, corners, words)
+        return _Windows(len(generator), int(volumes.sum()), volumes, ends - volumes, starts, corners, words)
     first_slots = pad(ends.clamp_(max=slots), (1, 0))
     return _Windows(
         len(generator),
@@ -159,6 +164,19 @@ def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Window
         pad(corners, (0, 1), value=len(generator) * forms.voxels),
         pad(words, (0, 1)),
     )
+
+
+def _before(needed: Bool[Tensor, "b *spatial"], longest: Sequence[int]) -> Bool[Tensor, "b *spatial"]:
+    """The corners from which a window as large as can be covers a voxel that is needed."""
+    for axis, side in enumerate(longest, start=1):
+        reached = 1
+        while reached < side:
+            step = min(reached, side - reached)
+            count = needed.shape[axis] - step
+            nearer = needed.narrow(axis, 0, count) | needed.narrow(axis, step, count)
+            needed = torch.cat((nearer, needed.narrow(axis, count, step)), axis)
+            reached += step
+    return needed
 
 
 def _sources(
@@ -174,7 +192,7 @@ def _sources(
     shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
     shown = shown.scatter_reduce_(0, voxel.long(), slot, "amax")[:-1]
     moved = None
-    if needed is not None and own.device.type == "cpu":  # elsewhere the host would have to wait for their number
+    if needed is not None:
         moved = ((shown >= 0) & needed.flatten()).nonzero().squeeze(1)
         shown = shown.index_select(0, moved)
     slot = shown.clamp(min=0)
