@@ -223,15 +223,12 @@ def test_a_package_without_texts_is_refused_before_anything_is_read(
 
 
 @pytest.mark.slow
-def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_minutes_of_convirt_find_images_by_what_a_text_says(tmp_path: Path) -> None:
     """Text to image as ConVIRT has it (section 4.3): queries for a category, relevant is every image of it.
 
     On the sample cohort with more patients, shown coarsely and in a soft-tissue window, so that minutes are enough. Six
     categories that a phantom shows as a whole: three of contrast agent, three of build.
     """
-    monkeypatch.setenv("GENESIS_ID_KEY", "the same patients are held out, and in the same order, whenever this runs")
     workspace, folder = Workspace(tmp_path), ("--workspace", str(tmp_path))
     data = write_sample_cohort(workspace.sample, patients=320)
     prepare(data, workspace.store, workspace, modality="ct", sample=True)

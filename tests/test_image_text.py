@@ -33,7 +33,6 @@ from genesis.seeding import generator
 from genesis.text.encoders import TextModel
 from genesis.text.reports import text_hash
 from genesis.text.studies import StudySamples, studies_of
-from genesis.workspace import Workspace
 
 METHODS = ("convirt", "gloria")
 SIDES = (24, 24, 16)
@@ -169,7 +168,6 @@ def test_attention_is_one_map_per_word() -> None:
 def workspace(tmp_path: Path) -> Path:
     """Eight volumes of seven studies: the first two are reconstructions of one."""
     make_store(tmp_path / "store")
-    Workspace(tmp_path).id_key()
     ends = {number: "Zachariasson" if number in (3, 4) else str(number) for number in range(8)}
     reports = {
         f"v{number}": Report(f"s{max(number, 1)}", findings=f"{TEXTS[number % 4]} {ends[number]}.") for number in ends

@@ -365,7 +365,10 @@ def test_no_artefact_names_anyone(prepared: Prepare, workspace: Workspace, scans
     assert "MRN12345" in workspace.case_map.read_text(encoding="utf-8")
 
 
-def test_hashes_need_the_key(prepared: Prepare, workspace: Workspace, tmp_path: Path) -> None:
+def test_hashes_need_the_key(
+    prepared: Prepare, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GENESIS_ID_KEY")
     prepared()
     other = Workspace(tmp_path / "other")
     prepare(tmp_path / "scans", other.store, other, modality="ct")
@@ -471,9 +474,6 @@ def test_a_dask_cluster_stores_the_same_bytes(workspace: Workspace, scans: Path,
     distributed = pytest.importorskip("distributed")
     (scans / "broken.nii.gz").write_bytes(b"no scan")
     here = Workspace(tmp_path / "here")
-    here.root.mkdir()
-    workspace.root.mkdir()
-    (here.root / "id_key").write_bytes(workspace.id_key())
     run(here, scans, "--workers", "1")
     options = {"processes": False, "threads_per_worker": 1, "dashboard_address": None, "protocol": "tcp://"}
     with distributed.LocalCluster(n_workers=2, **options) as cluster:

@@ -20,7 +20,6 @@ from genesis.files import read_json
 from genesis.methods import METHODS, Facts
 from genesis.models import build_backbone
 from genesis.weights import read_card
-from genesis.workspace import Workspace
 
 SMALL = {
     (3, "unet"): ["data.patch_size=[24,24,16]", "network.channels=[4,8,16]", "network.strides=[2,2]"],
@@ -184,7 +183,6 @@ def test_it_is_fine_tuned(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["models_genesis", "inpainting", "patch_shuffling", "autoencoder"])
 def test_semantics_is_trained_by_the_verb(tmp_path: Path, name: str) -> None:
     make_store(tmp_path / "store")
-    Workspace(tmp_path).id_key()
     make_discovery(tmp_path / "discovery" / "3d", {**DATA, "patch_size": [20, 20, 20]})
     train(tmp_path, "--method", name, "--steps", "4", *sets("method.semantics=true"))
     figures = read_metrics(tmp_path / "runs" / f"{name}_3d", "val")[-1]

@@ -22,7 +22,6 @@ from genesis.engine.trainer import fit
 from genesis.errors import UserError
 from genesis.models import Backbone
 from genesis.seeding import generator
-from genesis.workspace import Workspace
 
 # Before instance norm: their gradient is 0 but for rounding, which Adam turns into steps, and they change no output.
 NO_EFFECT = ("unit0.conv.bias", "model.2.0.conv.bias", "head.convolution.bias")
@@ -196,7 +195,6 @@ def test_one_process_is_told_that_there_is_nothing_to_divide(
 @pytest.mark.slow
 def test_what_a_divided_training_saved_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_store(tmp_path / "store")
-    Workspace(tmp_path).id_key()
     make_discovery(tmp_path / "discovery" / "3d", DATA)
     settings = [*ARGUMENTS, "--set", "train.shard=true", "--steps", "2", "--workspace", str(tmp_path)]
     ((code, said),) = torchrun("-m", "genesis.train", "--", "--device", "cpu", *settings)

@@ -80,7 +80,6 @@ def make_discovery(folder: Path, data: dict[str, Any], shift: float = 0.0) -> No
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     make_store(tmp_path / "store")
-    Workspace(tmp_path).id_key()
     make_discovery(tmp_path / "discovery" / "3d", DATA)
     return tmp_path
 
