@@ -63,12 +63,6 @@ def add_dim_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def command(options: argparse.Namespace, text: str) -> str:
-    """The command line of a next step, in the same workspace: `command(options, "export --run a")`."""
-    where = f" --workspace {shlex.quote(options.workspace)}" if options.workspace else ""
-    return f"python -m genesis.{text}{where}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; user errors end with one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import add_dim_argument, command
+from .cli import add_dim_argument
 from .config import load_config
 from .data.patches import check_images, resolve_spacing
 from .data.store import VolumeMeta, VolumeStore
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         print(
             f"{record['classes']} classes, {record['rows']} patches of {record['patients']} patients. "
             f"Look at {folder / 'figures' / 'classes.png'}: each row should show the same anatomy.\n"
-            f"Pseudo-labels are in {folder}. Next: {command(options, f'train --dim {options.dim}{recipe}')}"
+            f"Pseudo-labels are in {folder}. Next: {workspace.command(f'train --dim {options.dim}{recipe}')}"
         )
 
 
@@ -92,8 +92,8 @@ def _prepare(options: argparse.Namespace, workspace: Workspace, processes: int) 
     there = (workspace.store / "audit.json").is_file()
     if processes > 1 and (options.data is not None or not there):
         raise UserError(
-            f"Only one process reads scans, but {processes} were started: run python -m genesis.prepare first, "
-            "then discover without --data."
+            f"Only one process reads scans, but {processes} were started: run "
+            f"{workspace.command('prepare --data SCANS')} first, then discover without --data."
         )
     if options.data is not None:
         prepare(

@@ -29,7 +29,7 @@ def chosen_package(name: str | None, workspace: Workspace) -> Path:
     cards = list(workspace.weights.glob("[!.]*/card.json"))
     if not cards:
         raise UserError(
-            f"There are no weights in {workspace.weights}; make them with python -m genesis.export, "
+            f"There are no weights in {workspace.weights}; make them with {workspace.command('export')}, "
             "or name a package with --weights."
         )
     return max(cards, key=lambda path: path.stat().st_mtime).parent

@@ -18,7 +18,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from .cli import command
 from .downstream import add_scan_arguments, chosen_package, labelled_store
 from .engine.launch import launch
 from .errors import UserError
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if not any(meta.labelled for meta in metas):
         labelled = " --data LABELLED"
     again = f"evaluate --task retrieval --weights {shlex.quote(options.weights or package.name)}{labelled}"
-    print(f"What they are worth: {command(options, again)}")
+    print(f"What they are worth: {workspace.command(again)}")
 
 
 if __name__ == "__main__":

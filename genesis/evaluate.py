@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from .cli import command
 from .data.store import VolumeStore
 from .downstream import add_scan_arguments, chosen_package, labelled_store
 from .engine.launch import launch
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     other = "retrieval" if options.task == "probe" else "probe"
     again = f"evaluate --task {other} --weights {shlex.quote(options.weights or package.name)}"
     again += f" --data {shlex.quote(options.data)}" if options.data else ""
-    print(f"Results are in {folder}. Next: {command(options, again)}")
+    print(f"Results are in {folder}. Next: {workspace.command(again)}")
 
 
 def _check(options: argparse.Namespace) -> None:

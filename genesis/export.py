@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .cli import command
 from .config import Config, ConVIRTConfig, GLoRIAConfig
 from .engine.checkpoint import read_checkpoint
 from .engine.monitor import read_metrics
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         print("  with its text encoder: genesis.load_image_text embeds images and texts")
     print("  read back: it loads strictly and computes the same")
     print(f'  in Python: import genesis; report = genesis.load_into(my_network, "{package}")')
-    print(f"The weights are in {package}; next: {command(options, f'finetune --weights {name}')}")
+    print(f"The weights are in {package}; next: {workspace.command(f'finetune --weights {name}')}")
 
 
 def _text_side(folder: Path, config: Config, record: dict[str, Any], state: dict[str, Tensor]) -> TextSide | None:

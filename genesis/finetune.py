@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from .cli import command
 from .config import Config, FinetuneConfig, load_config, recipes
 from .data.labelled import Classes
 from .data.store import VolumeMeta, VolumeStore
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     write_sums(experiment.folder, "results.*", "figures/*")
     write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
-    print(f"Results are in {experiment.folder}. Next: {command(options, f'predict --model {name} --data SCANS')}")
+    print(f"Results are in {experiment.folder}. Next: {workspace.command(f'predict --model {name} --data SCANS')}")
 
 
 def _config(options: argparse.Namespace, card: Card, sample: bool) -> Config:

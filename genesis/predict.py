@@ -9,6 +9,7 @@ cannot be read is named with the reason and left out.
 
 import argparse
 import csv
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     if card.task is None:
         raise UserError(
             f"{folder} holds pretrained weights, which solve no task yet; fine-tune them first: "
-            f"python -m genesis.finetune --weights {folder}"
+            f"{workspace.command(f'finetune --weights {shlex.quote(str(folder))}')}"
         )
     cohort = find_cases(Path(options.data))
     channels = cohort.channels(options.channels)
@@ -104,7 +105,7 @@ def _find_model(name: str | None, workspace: Workspace) -> Path:
     known = ", ".join(sorted(path.parents[1].name for path in workspace.runs.glob("*/model/card.json"))) or "none"
     raise UserError(
         f"There is no model {name!r}, neither as a folder nor of a run in {workspace.runs} (there: {known}); "
-        "make one with: python -m genesis.finetune"
+        f"make one with: {workspace.command('finetune')}"
     )
 
 

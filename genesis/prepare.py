@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import command
 from .data.audit import Audit
 from .data.case_map import CaseMap, Row
 from .data.cluster import cluster
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             exclude=options.exclude,
             workers=workers,
         )
-    print(f"The volumes are in {workspace.store}. Next: {command(options, 'discover')}")
+    print(f"The volumes are in {workspace.store}. Next: {workspace.command('discover')}")
 
 
 def prepare(

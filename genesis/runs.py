@@ -186,7 +186,7 @@ def _configure(workspace: Workspace, options: argparse.Namespace) -> tuple[Confi
         if value != (used := record["data"].get(setting)):
             raise UserError(
                 f"data.{setting} is {value}, but discovery used {used}: leave it out, or run "
-                f"python -m genesis.discover --dim {options.dim} with the same setting first."
+                f"{workspace.command(f'discover --dim {options.dim}')} with the same setting first."
             )
     return config, material
 
@@ -194,7 +194,7 @@ def _configure(workspace: Workspace, options: argparse.Namespace) -> tuple[Confi
 def _discovered(workspace: Workspace, spatial_dims: int) -> tuple[Material, dict[str, Any]]:
     """What discover left for one number of dimensions, and discovery.json."""
     folder = workspace.discovery(spatial_dims)
-    again = f"python -m genesis.discover --dim {spatial_dims}d"
+    again = workspace.command(f"discover --dim {spatial_dims}d")
     if not (folder / "discovery.json").is_file():
         raise UserError(f"There are no pseudo-labels in {folder}; make them first with: {again}")
     verify_folder(folder, "discovery.json", "pseudo_labels.csv")

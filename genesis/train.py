@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from .cli import add_dim_argument, command, interrupted_code
+from .cli import add_dim_argument, interrupted_code
 from .config import Config, load_config
 from .data.intake import stamp
 from .data.resident import ResidentPatches
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
         fabric.print(_forecast(estimate, config, this.folder))
         return
     again = f"train --resume --run {shlex.quote(this.folder.name)} --dim {options.dim}"
-    again = command(options, again + (f" --device {options.device}" if options.device != "auto" else ""))
+    again = workspace.command(again + (f" --device {options.device}" if options.device != "auto" else ""))
     how |= {"patience": config.train.patience, "resume": this.begun, "profile": options.profile}
     trace = this.folder / "trace.json"
     before = stamp(trace)
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
         write_sums(this.folder, "figures/*")
         this.write("finished")
         print(_summary(result, method, judged=validation is not None))
-        print(f"The run is in {this.folder}; next: {command(options, 'export')}")
+        print(f"The run is in {this.folder}; next: {workspace.command('export')}")
 
 
 def _sample_for_want_of_scans(workspace: Workspace, options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,10 +27,15 @@ class Workspace:
     @classmethod
     def at(cls, folder: str | None) -> "Workspace":
         """The given folder, else `GENESIS_WORKSPACE`, else `./genesis-workspace`."""
-        root = Path(folder or os.environ.get("GENESIS_WORKSPACE") or "genesis-workspace")
+        root = Path(folder) if folder else _usual()
         if root.exists() and not root.is_dir():
             raise UserError(f"The workspace {root} is a file, not a folder; pass --workspace DIR.")
         return cls(root)
+
+    def command(self, text: str) -> str:
+        """The command line of another step here: `command("export --run a")`."""
+        where = "" if self.root == _usual() else f" --workspace {shlex.quote(str(self.root))}"
+        return f"python -m genesis.{text}{where}"
 
     @contextmanager
     def written_by(self, verb: str) -> Iterator[None]:
@@ -150,8 +156,12 @@ class Workspace:
             return self.runs / name
         found = [p for p in self.runs.glob("*/run.json") if _kind(p.parent) == kind]
         if not found:
-            raise UserError(f"There is no {kind} run in {self.runs}; start one with: python -m genesis.{kind}")
+            raise UserError(f"There is no {kind} run in {self.runs}; start one with: {self.command(kind)}")
         return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+def _usual() -> Path:
+    return Path(os.environ.get("GENESIS_WORKSPACE") or "genesis-workspace")
 
 
 def _remove_if_empty(folder: Path) -> None:

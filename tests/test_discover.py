@@ -218,7 +218,10 @@ def test_noisy_copies_of_a_phantom_are_mutually_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "more", "words"),
-    [(2, ("--data", "scans"), "run python -m genesis.prepare first"), (6, (), "5 training volumes for 6 processes")],
+    [
+        (2, ("--data", "scans"), "run python -m genesis.prepare --data SCANS"),
+        (6, (), "5 training volumes for 6 processes"),
+    ],
 )
 def test_what_several_processes_cannot_do_is_said(
     workspace: Path,

@@ -57,6 +57,15 @@ def test_the_workspace_key_is_private_and_kept(tmp_path: Path, monkeypatch: pyte
     assert workspace.id_key() == b"secret"
 
 
+def test_a_next_step_is_in_the_same_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENESIS_WORKSPACE", raising=False)
+    assert Workspace.at(None).command("export") == "python -m genesis.export"
+    there = Workspace(tmp_path / "my work")
+    assert there.command("export") == f"python -m genesis.export --workspace '{tmp_path}/my work'"
+    monkeypatch.setenv("GENESIS_WORKSPACE", str(there.root))
+    assert Workspace.at(None).command("export") == there.command("export") == "python -m genesis.export"
+
+
 def test_a_missing_run_names_those_there(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     with pytest.raises(UserError, match=r"python -m genesis\.train"):

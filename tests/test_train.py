@@ -207,7 +207,8 @@ def test_train_before_discover(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         train(tmp_path)
     assert stop.value.code == 2
-    assert "make them first with: python -m genesis.discover --dim 3d" in capsys.readouterr().err
+    again = f"python -m genesis.discover --dim 3d --workspace {tmp_path}"
+    assert f"make them first with: {again}" in capsys.readouterr().err
 
 
 def test_a_data_section_that_contradicts_discovery(refused: Callable[..., str]) -> None:
