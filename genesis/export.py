@@ -5,6 +5,7 @@ encoder and decoder; loading it needs MONAI only. The newest run is taken unless
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         print("  with its text encoder: genesis.load_image_text embeds images and texts")
     print("  read back: it loads strictly and computes the same")
     print(f'  in Python: import genesis; report = genesis.load_into(my_network, "{package}")')
-    print(f"The weights are in {package}; next: {workspace.command(f'finetune --weights {name}')}")
+    print(f"The weights are in {package}; next: {workspace.command(f'finetune --weights {shlex.quote(name)}')}")
 
 
 def _text_side(folder: Path, config: Config, record: dict[str, Any], state: dict[str, Tensor]) -> TextSide | None:

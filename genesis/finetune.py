@@ -14,6 +14,7 @@ The same command again keeps what is finished and goes on with the rest.
 
 import argparse
 import hashlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,8 @@ def run(options: argparse.Namespace) -> None:
     write_sums(experiment.folder, "results.*", "figures/*")
     write_json(experiment.folder / "run.json", {**record, "status": "finished"}, sealed=True)
     print((experiment.folder / "results.md").read_text(encoding="utf-8"))
-    print(f"Results are in {experiment.folder}. Next: {workspace.command(f'predict --model {name} --data SCANS')}")
+    again = workspace.command(f"predict --model {shlex.quote(name)} --data SCANS")
+    print(f"Results are in {experiment.folder}. Next: {again}")
 
 
 def _config(options: argparse.Namespace, card: Card, sample: bool) -> Config:

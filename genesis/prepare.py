@@ -61,13 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    workspace = Workspace.at(options.workspace)
     if options.data is None:
-        raise UserError("Say which scans with --data; the embedded sample cohort is made by python -m genesis.discover")
+        made = workspace.command("discover")
+        raise UserError(f"Say which scans with --data; the embedded sample cohort is made by {made}")
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1.")
     if options.scheduler is not None and not options.scheduler.strip():
         raise UserError("--scheduler is empty: give it the address that dask scheduler prints, tcp://HOST:PORT.")
-    workspace = Workspace.at(options.workspace)
     with cluster(options.scheduler) if options.scheduler else nullcontext(options.workers) as workers:
         prepare(
             Path(options.data),

@@ -85,6 +85,7 @@ def everything(path: Path) -> bytes:
 
 
 def test_a_planted_name_reaches_no_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENESIS_ID_KEY")
     for place in ("platform.node", "socket.gethostname"):
         monkeypatch.setattr(place, lambda: f"{NAME}-workstation")
     scans, workspace = tmp_path / f"{NAME} Zoe 1955", tmp_path / "workspace"

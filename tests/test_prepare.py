@@ -470,10 +470,16 @@ def test_every_awkward_file_is_stored_or_named(shared_data: Path, workspace: Wor
     assert sum("same voxels" in text for text in audit.quarantined.values()) == 8
 
 
-def test_a_dask_cluster_stores_the_same_bytes(workspace: Workspace, scans: Path, tmp_path: Path) -> None:
+def test_a_dask_cluster_stores_the_same_bytes(
+    workspace: Workspace, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GENESIS_ID_KEY")  # the key travels to the workers
     distributed = pytest.importorskip("distributed")
     (scans / "broken.nii.gz").write_bytes(b"no scan")
     here = Workspace(tmp_path / "here")
+    here.root.mkdir()
+    workspace.root.mkdir()
+    (here.root / "id_key").write_bytes(workspace.id_key())
     run(here, scans, "--workers", "1")
     options = {"processes": False, "threads_per_worker": 1, "dashboard_address": None, "protocol": "tcp://"}
     with distributed.LocalCluster(n_workers=2, **options) as cluster:

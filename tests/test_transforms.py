@@ -323,7 +323,7 @@ def test_a_large_batch_is_corrupted_a_part_at_a_time(monkeypatch: pytest.MonkeyP
         return change(self, x, params)
 
     monkeypatch.setattr(LocalShuffle, "apply", noted)
-    monkeypatch.setattr(corruption, "AT_ONCE", images_at_once * 30 * 24 * 20)
+    monkeypatch.setattr(corruption, "AT_ONCE", [images_at_once * 30 * 24 * 20] * 2)
     assert all(map(torch.equal, Corruption()(x, generator), expected))
     assert max(sizes) <= images_at_once
     assert torch.equal(whole.uniform(1), generator.uniform(1))  # both go on from the same place
