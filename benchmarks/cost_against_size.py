@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def linear(scans: dict[str, Path], work: Path, repeats: int) -> list[Row]:
 
     rows = []
     for title, run in (("prepare", prepare), ("latents", latents)):
-        took = seconds({name: lambda run=run, name=name: run(name) for name in scans}, repeats)  # type: ignore[misc]
+        took = seconds({name: partial(run, name) for name in scans}, repeats)
         times = AGAIN if run is latents else 1
         each = {name: 1000 * took[name] / times / len(list(scans[name].iterdir())) for name in scans}
         rows.append(row(f"{title}, per volume, cohort ×10", each["large"], each["small"], "ms", "0.9 – 1.1"))

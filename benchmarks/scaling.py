@@ -161,9 +161,8 @@ def resizing(config: Config, store: VolumeStore, folder: Path) -> list[Constant]
     images = shrink(volumes, folder / "shrunken.npy", lambda: None)
     method = Reconstruction(3, settings.channels, 1)
     batch = next(iter(DataLoader(images, batch_size=settings.batch_size)))
-    step = lambda: method(batch).losses["reconstruction"].backward()  # noqa: E731
-    latents = lambda: encode(method.autoencoder, images, torch.device("cpu"))  # noqa: E731
-    training, encoding = spent(step, TURNS), spent(latents, TURNS)
+    training = spent(lambda: method(batch).losses["reconstruction"].backward(), TURNS)
+    encoding = spent(lambda: encode(method.autoencoder, images, torch.device("cpu")), TURNS)
     shape = "×".join(map(str, settings.shape))
     return [
         Constant("resize for the autoencoder", seconds / SCANS / MILLIONS, PER_MILLION, f"{LARGE}, to {shape}"),

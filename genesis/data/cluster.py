@@ -90,7 +90,7 @@ def in_cluster(
         yield from _results(function, tasks, client, crashed)
     except (CancelledError, CommClosedError):
         raise UserError(LOST) from None
-    except Exception:
+    except Exception:  # a lost connection ends in nearly anything; what else goes wrong is passed on
         if client.status == "running":
             raise
         raise UserError(LOST) from None
