@@ -147,7 +147,7 @@ def test_two_and_three_steps_are_five(tmp_path: Path, name: str, workers: int) -
     assert_same_run(whole, parts)
 
 
-def test_a_killed_training_goes_on_from_its_last_validation(tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_from_its_last_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(whole, Regression(0.2), 25, validation=Points(5), validate_every=4)
 
@@ -166,7 +166,9 @@ def test_a_killed_training_goes_on_from_its_last_validation(tmp_path: Path) -> N
     result = train(parts, Regression(0.2), 25, validation=Points(5), validate_every=4, resume=True)
     assert result == expected
     assert_same_run(whole, parts)
+    assert "Going on from step 16." in capsys.readouterr().out
     assert train(parts, Regression(), 25, validation=Points(5), validate_every=4, resume=True) == expected  # no-op
+    assert "Going on" not in capsys.readouterr().out
 
 
 def test_a_fresh_start_forgets_what_was_there(tmp_path: Path) -> None:

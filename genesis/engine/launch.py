@@ -1,6 +1,7 @@
 """Device and processes: a thin use of Lightning Fabric."""
 
 import atexit
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def launch(device: str, *, alone: bool = False) -> "Fabric":
     from lightning.fabric import Fabric  # takes seconds to import
     from lightning.fabric.plugins.environments import LightningEnvironment
 
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # who joined; TF32, which bf16 makes moot
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -109,7 +109,7 @@ def fit(
         state = _restore(newest, take_step)
         if newest != last and last.exists():
             aside = last.with_name(f"damaged-after-{state.step}.pt")
-            fabric.print(f"{last} is damaged and now {aside.name}; going on from step {state.step}, the one before it.")
+            fabric.print(f"{last} is damaged and now {aside.name}; taking the one before it.")
             fabric.barrier()  # all have read
             if fabric.is_global_zero:
                 os.replace(last, aside)
@@ -118,6 +118,8 @@ def fit(
             path.unlink(missing_ok=True)
     if not state.judging and (state.step >= steps or state.has_stalled(patience)):
         return state.result()
+    if state.step:
+        fabric.print(f"Going on from step {state.step}.")
 
     take_step.check_memory(train, method.prepare)
     to_come = range(state.step, steps)
