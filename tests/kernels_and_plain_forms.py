@@ -65,7 +65,7 @@ def assert_corruption_equal(device: torch.device, count: int) -> None:
         x = torch.rand(count, 2, *spatial, generator=torch.Generator().manual_seed(0)).to(dtype)
         plain, fused = BatchGenerator(torch.arange(count)), BatchGenerator(torch.arange(count).to(device))
         assert torch.equal(plain.bits(3), fused.bits(3).cpu())
-        expected, target = transform(x, plain)
+        expected, target = transform.step_by_step(x, plain)
         found, own = triton_corruption.corrupt(transform, x.to(device), fused)
         assert torch.equal(own.cpu(), target), (spatial, transform)
         rounding = 0.0 if transform.nonlinear == 0 else 1e-5 if dtype != torch.float16 else 1e-3
@@ -76,7 +76,7 @@ def assert_corruption_equal(device: torch.device, count: int) -> None:
 def assert_they_serve() -> None:
     """With kernels, which are interpreted here, numbers, the shuffle and the corruption come from them."""
     x, keys = torch.rand(2, 1, 12, 10, 8), torch.arange(2)
-    plain = [LocalShuffle()(x, BatchGenerator(keys)), *Corruption(nonlinear=0.0)(x, BatchGenerator(keys))]
+    plain = [LocalShuffle()(x, BatchGenerator(keys)), *Corruption(nonlinear=0.0).step_by_step(x, BatchGenerator(keys))]
     with ExitStack() as stack:
         asked = [
             stack.enter_context(patch.object(module, "kernels", return_value=triton_kernels))

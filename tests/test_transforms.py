@@ -160,17 +160,6 @@ def test_all_permutations_of_a_window_are_equally_likely() -> None:
         assert chi_square < possible + 4 * (2 * possible) ** 0.5
 
 
-@pytest.mark.parametrize("spatial", [(40, 32, 20), (230, 200)])
-def test_needed_voxels_show_what_they_show_anyway(spatial: tuple[int, ...]) -> None:
-    needed = torch.rand(3, *spatial, generator=torch.Generator().manual_seed(0)) < 0.4
-    needed[1:] = False
-    needed[2, ..., -1:] = True
-    source = LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)), needed)
-    assert torch.equal(source[needed], LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)))[needed])
-    nothing = LocalShuffle().sample((3, 1, *spatial), BatchGenerator(keys(3)), torch.zeros_like(needed))
-    assert torch.equal(nothing.flatten(1), torch.arange(needed[0].numel()).expand(3, -1))
-
-
 def test_images_too_long_to_shuffle() -> None:
     with pytest.raises(ValueError, match="at most 32,768 voxels"):
         LocalShuffle().sample((1, 1, 2**15 + 1, 2), BatchGenerator(keys(1)))
@@ -308,25 +297,6 @@ def test_off_the_cpu_nothing_waits_for_data(spatial: tuple[int, ...], fill: Fill
     x = torch.empty(3, 2, *spatial, device="meta")
     corrupted, target = Corruption(paint_fill=fill)(x, BatchGenerator(keys(3).to("meta")))
     assert corrupted.shape == target.shape == x.shape
-
-
-@pytest.mark.parametrize("images_at_once", [1, 3])
-def test_a_large_batch_is_corrupted_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch, images_at_once: int) -> None:
-    x = images(7, 1, 30, 24, 20)
-    whole, generator = BatchGenerator(keys(7)), BatchGenerator(keys(7))
-    expected = Corruption()(x, whole)
-    sizes = []
-    change = LocalShuffle.apply
-
-    def noted(self: LocalShuffle, x: Tensor, params: Tensor) -> Tensor:
-        sizes.append(len(x))
-        return change(self, x, params)
-
-    monkeypatch.setattr(LocalShuffle, "apply", noted)
-    monkeypatch.setattr(corruption, "AT_ONCE", [images_at_once * 30 * 24 * 20] * 2)
-    assert all(map(torch.equal, Corruption()(x, generator), expected))
-    assert max(sizes) <= images_at_once
-    assert torch.equal(whole.uniform(1), generator.uniform(1))  # both go on from the same place
 
 
 def test_a_generator_used_again_corrupts_differently() -> None:

@@ -40,19 +40,12 @@ def change_some(
 ) -> Float[Tensor, "b c *spatial"]:
     """`change(x[samples], samples)` for the drawn samples, the others as they are.
 
-    `samples` are `computed(drawn)`.
+    On the CPU `samples` are those drawn; elsewhere all, for to know which are drawn, the host would have to wait.
     """
-    samples = computed(drawn)
     if x.device.type != "cpu":
+        samples = torch.arange(len(drawn), device=x.device)
         return torch.where(drawn.view(-1, *(1,) * (x.ndim - 1)), change(x, samples), x)
+    samples = drawn.nonzero().squeeze(1)
     if len(samples) == len(x):
         return change(x, samples)
     return x.index_copy(0, samples, change(x[samples], samples)) if len(samples) else x
-
-
-def computed(drawn: Bool[Tensor, "b"]) -> Int64[Tensor, "n"]:
-    """The samples to compute: on the CPU those drawn.
-
-    Elsewhere all: to know which are drawn, the host would have to wait for the device.
-    """
-    return drawn.nonzero().squeeze(1) if drawn.device.type == "cpu" else torch.arange(len(drawn), device=drawn.device)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -33,18 +33,15 @@ class LocalShuffle(Transform[Tensor]):
     Parameters: (B, *spatial) int64, the flat index of the voxel that each voxel shows.
     """
 
-    def sample(
-        self, shape: Sequence[int], generator: BatchGenerator, needed: Bool[Tensor, "b *spatial"] | None = None
-    ) -> Int64[Tensor, "b *spatial"]:
-        """As `Transform.sample`; what voxels show that are not `needed` does not matter, which spares the CPU work."""
+    def sample(self, shape: Sequence[int], generator: BatchGenerator) -> Int64[Tensor, "b *spatial"]:
         batch, _, *spatial = shape
         forms = forms_of(tuple(spatial), generator.device)
         fused = kernels(generator.device)
         if fused is not None:
             return fused.sources(*generator.take(forms.numbers), forms).view(batch, *spatial)
         # Off the CPU no number may depend on the draws: the host would have to wait for the device.
-        slots, needed = (None, needed) if generator.device.type == "cpu" else (forms.slots(batch), None)
-        source = _sources(_draw(forms, generator, slots, needed), forms, needed).view(batch, -1)
+        slots = None if generator.device.type == "cpu" else forms.slots(batch)
+        source = _sources(_draw(forms, generator, slots), forms).view(batch, -1)
         first = torch.arange(0, source.numel(), source.shape[1], device=source.device)
         return source.long().sub_(first.unsqueeze(1)).view(batch, *spatial)
 
@@ -128,12 +125,10 @@ def forms_of(spatial: tuple[int, ...], device: torch.device) -> Forms:
     )
 
 
-def _draw(
-    forms: Forms, generator: BatchGenerator, slots: int | None, needed: Bool[Tensor, "b *spatial"] | None = None
-) -> _Windows:
+def _draw(forms: Forms, generator: BatchGenerator, slots: int | None) -> _Windows:
     """Random windows; with `slots`, so many in all: what goes beyond is cut off, what is left a last window takes.
 
-    That one is outside of all images. With `needed`, most windows that cover no such voxel are left out.
+    That one is outside of all images.
     """
     *draws, words = generator.bits(1 + len(forms.spatial), forms.windows).unbind(1)
     volume, form = torch.ones_like(words), torch.zeros_like(words)
@@ -147,9 +142,6 @@ def _draw(
         form.mul_(longest).add_(beyond)
         corner.mul_(dim).add_(place)
     volumes, form, corners, words = (numbers.flatten() for numbers in (volume, form, corner, words))
-    if needed is not None:
-        kept = _before(needed, forms.longest).flatten().index_select(0, corners).nonzero().squeeze(1)
-        volumes, form, corners, words = (numbers.index_select(0, kept) for numbers in (volumes, form, corners, words))
     starts = forms.starts.index_select(0, form)
     ends = volumes.cumsum(0, dtype=torch.int32)
     if slots is None:
@@ -166,22 +158,7 @@ def _draw(
     )
 
 
-def _before(needed: Bool[Tensor, "b *spatial"], longest: Sequence[int]) -> Bool[Tensor, "b *spatial"]:
-    """The corners from which a window as large as can be covers a voxel that is needed."""
-    for axis, side in enumerate(longest, start=1):
-        reached = 1
-        while reached < side:
-            step = min(reached, side - reached)
-            count = needed.shape[axis] - step
-            nearer = needed.narrow(axis, 0, count) | needed.narrow(axis, step, count)
-            needed = torch.cat((nearer, needed.narrow(axis, count, step)), axis)
-            reached += step
-    return needed
-
-
-def _sources(
-    windows: _Windows, forms: Forms, needed: Bool[Tensor, "b *spatial"] | None = None
-) -> Int32[Tensor, "voxels"]:
+def _sources(windows: _Windows, forms: Forms) -> Int32[Tensor, "voxels"]:
     """The voxel that each voxel of the batch shows, as flat indices in the batch."""
     window = torch.repeat_interleave(windows.volumes, output_size=windows.slots)
     slot = torch.arange(windows.slots, dtype=torch.int32, device=window.device)
@@ -191,17 +168,11 @@ def _sources(
     own = torch.arange(windows.images * forms.voxels, dtype=torch.int32, device=window.device)
     shown = torch.full((len(own) + 1,), -1, dtype=torch.int32, device=window.device)
     shown = shown.scatter_reduce_(0, voxel.long(), slot, "amax")[:-1]
-    moved = None
-    if needed is not None:
-        moved = ((shown >= 0) & needed.flatten()).nonzero().squeeze(1)
-        shown = shown.index_select(0, moved)
     slot = shown.clamp(min=0)
     window = window.index_select(0, slot)
     first_slot = windows.first_slots.index_select(0, window)
     position = _permute(slot.sub_(first_slot), window, windows.volumes, windows.words, forms.dtype)
     source = voxel.index_select(0, position.add_(first_slot))
-    if moved is not None:
-        return own.index_copy_(0, moved, source)
     return torch.where(shown < 0, own, source)  # where no window covers it, a voxel shows itself
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from . import corruption as plain
 from . import flip, nonlinear, paint, shuffle
 from .random import BatchGenerator
 from .triton_kernels import cover, fraction, hashed, in_3d, share, source_of, spare_bits, stream
@@ -22,9 +23,8 @@ FLIPS, BOXES = tl.constexpr(flip.DRAWS), tl.constexpr(paint.BOXES)
 MORE, MARGIN = tl.constexpr(paint.MORE), tl.constexpr(paint.MARGIN)
 POINTS, KNOTS = tl.constexpr(nonlinear.POINTS), tl.constexpr(nonlinear.KNOTS)
 HALVINGS = tl.constexpr(nonlinear.POINTS.bit_length() - 1)
-# The numbers of a sample's own stream: two words of the stream of each transform, then a chance of all but the flip.
-FLIP, SHUFFLE, NONLINEAR, PAINT, CHANCES = (tl.constexpr(number) for number in (0, 2, 4, 6, 8))
-NUMBERS = 11
+FLIP, SHUFFLE, NONLINEAR = (tl.constexpr(number) for number in (plain.FLIP, plain.SHUFFLE, plain.NONLINEAR))
+PAINT, CHANCES = tl.constexpr(plain.PAINT), tl.constexpr(plain.CHANCES)
 # The rows of a plan, whose columns are the samples: a bit for each axis that is flipped; whether a sample is shuffled,
 # and its intensities changed; 1 for what is in-painted and 2 for out-painted; then start and end of each box and axis.
 FLIPPED, SHUFFLED, CURVED, PAINTED, BOUNDS = (tl.constexpr(row) for row in range(5))
@@ -43,7 +43,7 @@ def corrupt(
     x = x.contiguous()
     images, channels, *spatial = x.shape
     voxels, axes = x[0, 0].numel(), len(spatial)
-    words, first = generator.take(NUMBERS)
+    words, first = generator.take(plain.NUMBERS)
     plan = torch.empty((ROWS, images), dtype=torch.int32, device=x.device)
     streams, points, curves = torch.empty_like(words), x.new_empty(0), x.new_empty(0)
     basis, knots = nonlinear.grids(x.device)
