@@ -250,6 +250,8 @@ class TrainingStep:
             assert norm is not None
             return norm
         gradients = [weight.grad for weight in self._learned if weight.grad is not None]
+        if self._fabric.device.type == "cpu":  # where a product takes two thirds of a norm's time
+            return torch.stack([torch.dot(x, x) for x in map(torch.flatten, gradients)]).sum().sqrt()
         return torch.nn.utils.get_total_norm(gradients)
 
 
