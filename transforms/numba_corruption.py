@@ -1,7 +1,7 @@
 """The whole corruption compiled for the CPU: what `Corruption` does step by step, for the same random numbers.
 
 Flips, shuffle and painting are the same to the bit, intensities up to rounding. An image is done at a time, by one of
-as many threads as PyTorch has: most of it stays in the cache, and nothing is computed that is painted over.
+as many threads as PyTorch has, so that most of it stays in the cache, and what is painted over is not shuffled.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .random import BatchGenerator
 if TYPE_CHECKING:
     from .corruption import Corruption
 
-# Compiled code keeps what these are when it is compiled, and its cache knows of changes in this file alone.
+# Compiled code keeps what these were. Its cache knows of changes in this file alone: after others, delete __pycache__.
 FLIPS, BOXES, MORE, MARGIN = flip.DRAWS, paint.BOXES, np.float32(paint.MORE), np.float32(paint.MARGIN)
 POINTS, KNOTS = nonlinear.POINTS, nonlinear.KNOTS
 TURNS, ROUNDS_PER_TURN = shuffle.TURNS, shuffle.ROUNDS_PER_TURN
@@ -30,7 +30,6 @@ WEYL, FIRST, SECOND, SPREAD = (
     np.uint32(number % 2**32) for number in (random.WEYL, random.FIRST, random.SECOND, shuffle.SPREAD)
 )
 OF_FRACTION, OF_INT31 = np.float32(2**-24), np.float32(2**-31)
-INSIDE, OUTSIDE = 1, 2
 PARTS = 4  # of a batch for each thread, since images take more or less time
 ITEMS = 4096  # voxels that are permuted at once, which stay in the cache
 
@@ -66,7 +65,7 @@ def corrupt(
         np.int32(32 - torch.iinfo(forms.dtype).bits),
     )  # fmt: skip
     threads = torch.get_num_threads()
-    ends = torch.linspace(0, images, min(images, PARTS * threads) + 1).int().tolist()
+    ends = np.linspace(0, images, min(images, PARTS * threads) + 1).astype(int).tolist()
     if threads == 1:
         _corrupt(0, images, *arguments)
     else:
