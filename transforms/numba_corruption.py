@@ -4,6 +4,7 @@ Flips, shuffle and painting are the same to the bit, intensities up to rounding.
 as many threads as PyTorch has, so that most of it stays in the cache, and what is painted over is not shuffled.
 """
 
+import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -36,6 +37,7 @@ ITEMS = 4096  # voxels that are permuted at once, which stay in the cache
 
 def compiled(function: Callable) -> Callable:
     """By Numba, when it is first called; kept for later processes where there is a place to keep it."""
+    function = inspect.unwrap(function)  # jaxtyping's import hook before 0.3.11 wraps all functions
     try:
         return njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError:  # neither beside this file nor in the user's cache folder
