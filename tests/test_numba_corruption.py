@@ -1,8 +1,10 @@
 """The corruption compiled for the CPU is that of its transforms one after the other, but for rounding."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numba.core.caching
 import pytest
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genesis.transforms import BatchGenerator, Corruption
-from genesis.transforms.numba_corruption import _hashed, compiled
+from genesis.transforms import BatchGenerator, Corruption, numba_corruption
+from genesis.transforms.numba_corruption import _compiled, _hashed, _some
 
 
 def images(*shape: int) -> Tensor:
@@ -83,12 +85,11 @@ def test_what_is_not_a_number_stays_so() -> None:
 
 
 def test_no_images_and_images_in_another_order_in_memory() -> None:
-    empty, _ = Corruption()(images(0, 1, 8, 8, 8), BatchGenerator.from_seed(0, 0))
-    assert empty.shape == (0, 1, 8, 8, 8)
+    for empty in both(Corruption(), images(0, 1, 8, 8, 8)):
+        assert empty[0].shape == (0, 1, 8, 8, 8)
     x = images(3, 20, 2, 24).transpose(1, 2)
     fused, plain = both(Corruption(nonlinear=0.0), x)
     assert all(map(torch.equal, fused, plain))
-    assert torch.equal(x, images(3, 20, 2, 24).transpose(1, 2))
 
 
 class Corrupted(Dataset):
@@ -110,7 +111,47 @@ def test_it_works_in_forked_processes() -> None:
 
 def test_without_a_place_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    assert compiled(_hashed.py_func)(1, 2, 3) == _hashed(1, 2, 3)
+    assert _compiled(_hashed.py_func, kept=True)(1, 2, 3) == _hashed(1, 2, 3)
+
+
+def test_a_disk_without_room_for_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    some, calls = numba_corruption._some, iter([full])
+
+    def saved_at_first(*arguments: object) -> int:
+        for error in calls:
+            raise error
+        return some(*arguments)
+
+    monkeypatch.setattr(numba_corruption, "_some", saved_at_first)
+    assert all(map(torch.equal, *both(Corruption(nonlinear=0.0), images(2, 1, 9, 8, 7))))
+
+
+def test_what_is_kept_depends_on_constants_of_other_files() -> None:
+    here: Any = _some
+    made: list[Any] = [numba_corruption._kept(constants) for constants in (1, 1, 2)]
+    keys = [each._cache._index_key((), here.targetctx.codegen()) for each in made]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_is_not_compiled() -> None:
+    """Images with a gradient and in other dimensions; as many streams as images are wanted anyway."""
+    x = images(3, 1, 12, 11, 10).requires_grad_()
+    fused, plain = both(Corruption(), x)
+    assert fused[0].requires_grad
+    assert all(map(torch.equal, fused, plain))
+    for spatial in ((50,), (7, 7, 7, 7)):
+        assert all(map(torch.equal, *both(Corruption(nonlinear=0.0), images(3, 1, *spatial))))
+    for streams in (2, 4):
+        with pytest.raises(ValueError, match=f"3 images need as many streams of random numbers, not {streams}"):
+            Corruption()(x, BatchGenerator.from_seed(0, streams))
+
+
+def test_without_flips_images_are_their_own_target() -> None:
+    x = images(3, 1, 12, 11, 10)
+    _, target = Corruption(flip=0.0)(x, BatchGenerator.from_seed(0, 3))
+    assert target is x
+    assert torch.equal(x, images(3, 1, 12, 11, 10))
 
 
 def test_importing_genesis_does_not_import_numba() -> None:

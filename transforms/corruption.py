@@ -44,9 +44,14 @@ class Corruption:
     def __call__(
         self, x: Float[Tensor, "b c *spatial"], generator: BatchGenerator
     ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
-        """The corrupted images and what to restore: the flipped, otherwise untouched images."""
+        """The corrupted images and what to restore: the flipped, otherwise untouched images.
+
+        Raises `ValueError` unless the generator has a stream for each image.
+        """
+        if len(generator) != len(x):
+            raise ValueError(f"{len(x)} images need as many streams of random numbers, not {len(generator)}.")
         changing = self.shuffle > 0 or self.nonlinear > 0 or self.paint > 0
-        if not changing or x.requires_grad:
+        if not changing or x.requires_grad or x.ndim not in (4, 5):
             return self.step_by_step(x, generator)
         if kernels(x.device) is not None:
             from .triton_corruption import corrupt as on_cuda

@@ -5,8 +5,10 @@ as many threads as PyTorch has, so that most of it stays in the cache, and what 
 """
 
 import inspect
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, no_type_check
 
@@ -23,23 +25,26 @@ from .random import BatchGenerator
 if TYPE_CHECKING:
     from .corruption import Corruption
 
-# Compiled code keeps what these were. Its cache knows of changes in this file alone: after others, delete __pycache__.
 FLIPS, BOXES, MORE, MARGIN = flip.DRAWS, paint.BOXES, np.float32(paint.MORE), np.float32(paint.MARGIN)
 POINTS, KNOTS = nonlinear.POINTS, nonlinear.KNOTS
 TURNS, ROUNDS_PER_TURN = shuffle.TURNS, shuffle.ROUNDS_PER_TURN
 WEYL, FIRST, SECOND, SPREAD = (
     np.uint32(number % 2**32) for number in (random.WEYL, random.FIRST, random.SECOND, shuffle.SPREAD)
 )
+CONSTANTS = (
+    FLIPS, BOXES, MORE, MARGIN, POINTS, KNOTS, TURNS, ROUNDS_PER_TURN, WEYL, FIRST, SECOND, SPREAD,
+    CHANCES, FLIP, NONLINEAR, PAINT, SHUFFLE,
+)  # fmt: skip
 OF_FRACTION, OF_INT31 = np.float32(2**-24), np.float32(2**-31)
 PARTS = 4  # of a batch for each thread, since images take more or less time
 ITEMS = 4096  # voxels that are permuted at once, which stay in the cache
 
 
-def compiled(function: Callable) -> Callable:
-    """By Numba, when it is first called; kept for later processes where there is a place to keep it."""
+def _compiled(function: Callable, *, kept: bool = False) -> Callable:
+    """By Numba, when it is first called, or `kept` by an earlier process where there is a place to keep it."""
     function = inspect.unwrap(function)  # jaxtyping's import hook before 0.3.11 wraps all functions
     try:
-        return njit(function, nogil=True, cache=True, error_model="numpy")
+        return njit(function, nogil=True, error_model="numpy", cache=kept)
     except RuntimeError:  # neither beside this file nor in the user's cache folder
         return njit(function, nogil=True, error_model="numpy")
 
@@ -47,37 +52,41 @@ def compiled(function: Callable) -> Callable:
 def corrupt(
     corruption: "Corruption", x: Float[Tensor, "b c *spatial"], generator: BatchGenerator
 ) -> tuple[Float[Tensor, "b c *spatial"], Float[Tensor, "b c *spatial"]]:
-    """What `corruption` makes of images of fewer than 2^31 voxels, which get no gradient."""
-    exact = x.detach().contiguous()
+    """What `corruption` makes of images in 2D or 3D, which get no gradient."""
+    exact = x.contiguous()
     if x.dtype not in (torch.float32, torch.float64):
         exact = exact.float()
     images, _, *spatial = x.shape
     words, first = generator.take(NUMBERS)
+    rates = corruption.flip, corruption.shuffle, corruption.nonlinear, corruption.paint, corruption.outpaint
+    rounded = np.array(rates, np.float32)  # as PyTorch compares them
+    flipping = rounded[0] > 0
     corrupted = torch.empty_like(exact)
-    target = torch.empty_like(exact) if corruption.flip > 0 else exact
+    target = torch.empty_like(exact) if flipping else exact
     flat = (image.flatten(2).numpy() for image in (exact, corrupted, target))
     basis, knots = nonlinear.grids(x.device)
     forms = shuffle.forms_of(tuple(spatial) if corruption.shuffle > 0 else (1,), x.device)  # read by the shuffle alone
-    rates = corruption.flip, corruption.shuffle, corruption.nonlinear, corruption.paint, corruption.outpaint
     arguments = (
-        *flat, words.numpy().view(np.uint32), np.uint32(first % 2**32), np.array(rates, np.float32),
+        *flat, words.numpy().view(np.uint32), np.uint32(first % 2**32), rounded,
         corruption.paint_fill == "constant", np.array((*spatial, 1)[:3]), len(spatial),
         paint.sides(tuple(spatial), x.device).numpy(), basis.numpy(), knots.numpy(),
-        forms.starts.numpy(), forms.offsets.numpy(), np.array([max(1, dim // 10) for dim in spatial]), forms.windows,
-        np.int32(32 - torch.iinfo(forms.dtype).bits),
+        forms.starts.numpy(), forms.offsets.numpy(), np.array(forms.longest), forms.windows,
+        np.int32(forms.spare_bits),
     )  # fmt: skip
+    with suppress(OSError):  # of keeping it, where there is no room; this process has it nevertheless
+        _some(0, 0, *arguments)  # compiled, before several threads ask for it
     threads = torch.get_num_threads()
     ends = np.linspace(0, images, min(images, PARTS * threads) + 1).astype(int).tolist()
     if threads == 1:
-        _corrupt(0, images, *arguments)
+        _some(0, images, *arguments)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(_corrupt, *part, *arguments) for part in pairwise(ends)]:
+            for done in [pool.submit(_some, *part, *arguments) for part in pairwise(ends)]:
                 done.result()
-    return corrupted.to(x.dtype), target.to(x.dtype) if corruption.flip > 0 else x
+    return corrupted.to(x.dtype), target.to(x.dtype) if flipping else x
 
 
-@compiled
+@_compiled
 @no_type_check
 def _corrupt(
     begin, end, x, corrupted, target, words, first, rates, constant, dims, axes,
@@ -136,7 +145,25 @@ def _corrupt(
                     result[voxel] = value if painted[voxel] else result[voxel]
 
 
-@compiled
+def _kept(constants: int) -> Callable:
+    """`_corrupt`, kept for later processes.
+
+    Compiled code has values of other files in it, of whose changes Numba does not know, but it does of what a function
+    has from around it.
+    """
+
+    @no_type_check
+    def some(begin, end, *arguments):
+        _corrupt(begin, end, *arguments)
+        return constants
+
+    return _compiled(some, kept=True)
+
+
+_some = _kept(zlib.crc32(repr(CONSTANTS).encode()))
+
+
+@_compiled
 @no_type_check
 def _flips(low, high, rate, axes):
     """A bit for each axis that is flipped, as `Flip`."""
@@ -148,7 +175,7 @@ def _flips(low, high, rate, axes):
     return flips
 
 
-@compiled
+@_compiled
 @no_type_check
 def _mirror(mirror, flips, dims):
     nx, ny, nz = dims
@@ -161,7 +188,7 @@ def _mirror(mirror, flips, dims):
                 mirror[row + z] = from_row + (nz - 1 - z if flips & 4 else z)
 
 
-@compiled
+@_compiled
 @no_type_check
 def _boxes(box_of, low, high, outpainting, sides, dims, axes):
     """Writes which box covers each voxel; returns whether the outside is painted. As `paint._boxes`."""
@@ -183,7 +210,7 @@ def _boxes(box_of, low, high, outpainting, sides, dims, axes):
     return outside
 
 
-@compiled
+@_compiled
 @no_type_check
 def _shuffle(source, painted, low, high, dims, axes, starts, offsets, longest, windows, spare):
     """Writes the voxel that each voxel shows, as `LocalShuffle`; what is painted shows itself."""
@@ -222,7 +249,7 @@ def _shuffle(source, painted, low, high, dims, axes, starts, offsets, longest, w
             source[voxels[begin + item]] = corner[window] + offsets[starts[form[window]] + position[item]]
 
 
-@compiled
+@_compiled
 @no_type_check
 def _permute(position, volume, word, spare):
     """`shuffle._permute` in place, whose integers have `spare` bits less: these are cut off where they would matter.
@@ -253,7 +280,7 @@ def _permute(position, volume, word, spare):
             position[item] = moved ^ ((opposite ^ moved) & bit)
 
 
-@compiled
+@_compiled
 @no_type_check
 def _curve(curve, low, high, basis, knots):
     """y at the knots, as `nonlinear._table`."""
@@ -277,7 +304,7 @@ def _curve(curve, low, high, basis, knots):
         curve[knot] = y0 + part * step if part < np.float32(0.5) else y1 - step * (np.float32(1) - part)
 
 
-@compiled
+@_compiled
 @no_type_check
 def _on_curve(value, curve):
     """As `BezierNonlinearity.apply`; what is not a number stays so."""
@@ -289,20 +316,20 @@ def _on_curve(value, curve):
     return y + (place - np.float32(knot)) * (curve[min(knot + 1, KNOTS - 1)] - y)
 
 
-@compiled
+@_compiled
 @no_type_check
 def _child(low, high, number):
     """The stream that `BatchGenerator.split` makes of two numbers of a stream."""
     return _hashed(low, high, number), _hashed(low, high, number + 1)
 
 
-@compiled
+@_compiled
 @no_type_check
 def _fraction(low, high, number):
     return np.float32(_hashed(low, high, number) >> np.uint32(8)) * OF_FRACTION
 
 
-@compiled
+@_compiled
 @no_type_check
 def _hashed(low, high, number):
     """A number of a stream, as `BatchGenerator.bits`."""

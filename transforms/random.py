@@ -49,7 +49,7 @@ class BatchGenerator:
         """The streams of `split(count)` as those of B · `count` samples; the parts of one sample follow each other."""
         return self._derived(self.bits(count, 2).flatten(0, 1), 0)
 
-    def select(self, samples: Int64[Tensor, "n"] | slice) -> "BatchGenerator":
+    def select(self, samples: Int64[Tensor, "n"]) -> "BatchGenerator":
         """The streams of some of the samples, at the same position."""
         return self._derived(self._words[samples], self._count)
 

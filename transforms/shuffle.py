@@ -41,7 +41,7 @@ class LocalShuffle(Transform[Tensor]):
             return fused.sources(*generator.take(forms.numbers), forms).view(batch, *spatial)
         # Off the CPU no number may depend on the draws: the host would have to wait for the device.
         slots = None if generator.device.type == "cpu" else forms.slots(batch)
-        source = _sources(_draw(forms, generator, slots), forms).view(batch, -1)
+        source = _sources(_draw(forms, generator, slots), forms).view(batch, forms.voxels)
         first = torch.arange(0, source.numel(), source.shape[1], device=source.device)
         return source.long().sub_(first.unsqueeze(1)).view(batch, *spatial)
 
@@ -79,6 +79,11 @@ class Forms(NamedTuple):
     def windows(self) -> int:
         """Per image."""
         return 10_000 if self.spatial == (64, 64, 32) else round(COVERAGE * self.voxels / self.mean)
+
+    @property
+    def spare_bits(self) -> int:
+        """The bits of an int32 that integers of `dtype` lack."""
+        return 32 - torch.iinfo(self.dtype).bits
 
     @property
     def numbers(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import corruption as plain
 from . import flip, nonlinear, paint, shuffle
 from .random import BatchGenerator
-from .triton_kernels import cover, fraction, hashed, in_3d, share, source_of, spare_bits, stream
+from .triton_kernels import cover, fraction, hashed, in_3d, share, source_of, stream
 
 if TYPE_CHECKING:
     from .corruption import Corruption
@@ -64,7 +64,7 @@ def corrupt(
             forms = shuffle.forms_of(tuple(spatial), x.device)
             shown = cover(streams, 0, forms, plan[SHUFFLED.value])
             starts, offsets = forms.starts, forms.offsets
-            sizes = forms.windows, forms.largest, spare_bits(forms)
+            sizes = forms.windows, forms.largest, forms.spare_bits
         which = corruption.flip > 0, corruption.shuffle > 0, corruption.nonlinear > 0, corruption.paint > 0
         _corrupt[(images * triton.cdiv(voxels, VOXELS),)](
             x, corrupted, target, words, first, plan, streams, curves, shown, starts, offsets,

@@ -53,7 +53,7 @@ def sources(words: Int32[Tensor, "b 2"], first: int, forms: shuffle.Forms) -> In
     with torch.cuda.device_of(words):
         _shuffle[(images * triton.cdiv(voxels, VOXELS),)](
             words, first, forms.starts, forms.offsets, shown, source, forms.windows, voxels,
-            forms.largest, spare_bits(forms), len(forms.spatial), *in_3d(forms.spatial), VOXELS,
+            forms.largest, forms.spare_bits, len(forms.spatial), *in_3d(forms.spatial), VOXELS,
         )  # fmt: skip
     return source
 
@@ -78,11 +78,6 @@ def cover(
 def in_3d(spatial: Sequence[int]) -> tuple[int, ...]:
     """Sides in 3D of images in 2D or 3D."""
     return (*spatial, 1)[:3]
-
-
-def spare_bits(forms: shuffle.Forms) -> int:
-    """The bits of an int32 that the integers of the plain form lack."""
-    return 32 - torch.iinfo(forms.dtype).bits
 
 
 def _numbers(kernel: Any, dtype: torch.dtype, words: Tensor, first: int, count: int) -> Tensor:
