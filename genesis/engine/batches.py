@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STALLED = 1800.0  # seconds without a batch after which the data loading processes count as stuck
 # The batches of this many steps are made at once: of small ones it takes longer to call PyTorch's operations than to do
 # them. On the CPU, while they have no more voxels than that: measured with the sample, cutting and corruption together
-# take 4.4 ms a step instead of 7.0. On CUDA, where they are cut there, while making them takes no more than that share
+# take 2.5 ms a step instead of 5.2. On CUDA, where they are cut there, while making them takes no more than that share
 # of the memory; what streams is cut by processes, which would hold, each, some such batches.
 STEPS_AT_ONCE, VOXELS_AT_ONCE = 8, 2**20
 SHARE_AT_ONCE, BYTES_A_VOXEL = 1 / 16, 150
